@@ -1,0 +1,345 @@
+"""The PRX transformer, the flow it is trained with, and its weights on disk.
+
+What is notable about the model (PRX, Photoroom and Hugging Face, 2025-2026):
+- only image tokens flow through the blocks; each block projects the text to keys and values anew
+- image queries attend to text and image keys in one attention call, RMSNorm on queries and keys
+- positions come from a 2-D rotary embedding of the image tokens; text tokens carry none
+- the timestep steers every block by a shift, a scale and a gate that start at zero (adaLN-zero)
+- the MLP is gated (GELU); large pixel patches go through a bottleneck (JiT, arXiv 2511.13720)
+- parameters carry the names of diffusers' `PRXTransformer2DModel`: weights go both ways unconverted
+"""
+import contextlib
+import json
+import math
+import os
+import struct
+import sys
+from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+class Refused(ValueError):
+    """Input that cannot be used; the text is the sentence that the user reads."""
+
+# ------------------------------------------------------------------------------ the transformer
+
+@dataclass
+class PRXConfig:
+    """Sizes of the network, under diffusers' names; the defaults are PRX-small's (1.2 B)."""
+    in_channels: int = 16            # channels of the latents, 3 for pixels
+    patch_size: int = 2              # a token is patch_size x patch_size latents
+    context_in_dim: int = 2304       # width of the text embeddings
+    hidden_size: int = 1792
+    mlp_ratio: float = 3.5
+    num_heads: int = 28
+    depth: int = 16
+    axes_dim: tuple = (32, 32)       # rotary dimensions for rows and columns, together a head
+    theta: int = 10000
+    time_factor: float = 1000.0
+    time_max_period: int = 10000
+    bottleneck_size: int | None = None
+
+    def __post_init__(self):
+        self.axes_dim = tuple(self.axes_dim or (32, 32))
+        even = len(self.axes_dim) == 2 and not any(dim % 2 for dim in self.axes_dim)
+        if not even or sum(self.axes_dim) * self.num_heads != self.hidden_size:
+            raise Refused(f"{self.num_heads} heads of axes_dim {self.axes_dim}, two even numbers, "
+                          f"do not make a hidden size of {self.hidden_size}")
+
+@lru_cache(maxsize=8)
+def rope_table(rows, columns, axes_dim, theta, device):
+    """Cosines and signed sines, each (rows * columns, 1, 1, head_dim), of the 2-D rotary embedding
+    (RoFormer, arXiv 2104.09864): the first axes_dim[0] dimensions turn with the row, the others
+    with the column. Cached, so a grid's tables are made once."""
+    grid = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    angles = torch.cat([
+        position.flatten()[:, None] / theta ** (torch.arange(0, dim, 2).double() / dim)
+        for position, dim in zip(grid, axes_dim)], dim=1)            # (L, head_dim / 2)
+    sines = torch.stack((-angles.sin(), angles.sin()), dim=-1).flatten(1)
+    cosines = angles.cos().repeat_interleave(2, dim=1)               # a pair has one angle
+    return tuple(table.float()[:, None, None].to(device) for table in (cosines, sines))
+
+def apply_rope(x, rope):
+    """Turn each pair (a, b) in the last axis of x (B, L, ...) to (a cos - b sin, b cos + a sin)."""
+    cosines, sines = rope
+    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return (x * cosines + swapped * sines).to(x.dtype)
+
+def timestep_embedding(t, max_period, dim=256):
+    """Sinusoids (B, dim) of t (B,), cosines first ("Attention is all you need", 1706.03762)."""
+    exponents = torch.arange(dim // 2, device=t.device) / (dim // 2)
+    angles = t.float()[:, None] * torch.exp(-math.log(max_period) * exponents)
+    return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+def modulate(x, shift, scale):
+    """LayerNorm of x (B, L, D), with the timestep's shift and scale (B, 1, D) for its weights."""
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
+
+class Attention(nn.Module):
+    """Image queries over text and image keys, in diffusers' `PRXAttention` names."""
+
+    def __init__(self, config):
+        super().__init__()
+        width, self.heads = config.hidden_size, config.num_heads
+        self.img_qkv_proj = nn.Linear(width, 3 * width, bias=False)
+        self.txt_kv_proj = nn.Linear(width, 2 * width, bias=False)
+        self.norm_q, self.norm_k, self.norm_added_k = (
+            nn.RMSNorm(width // self.heads) for _ in range(3))
+        self.to_out = nn.ModuleList([nn.Linear(width, width, bias=False)])
+
+    def forward(self, img, txt, rope, mask):
+        qk, v = self.img_qkv_proj(img).unflatten(-1, (3, self.heads, -1)).split((2, 1), dim=2)
+        txt_k, txt_v = self.txt_kv_proj(txt).unflatten(-1, (2, self.heads, -1)).unbind(2)
+        # one norm and one rotation for queries and keys together, (B, L, 2, heads, head_dim)
+        gain = torch.stack((self.norm_q.weight, self.norm_k.weight))[:, None].to(qk.dtype)
+        q, k = apply_rope(F.rms_norm(qk, qk.shape[-1:], eps=1e-6) * gain, rope).unbind(2)
+        gain = self.norm_added_k.weight.to(txt_k.dtype)
+        txt_k = F.rms_norm(txt_k, txt_k.shape[-1:], eps=1e-6) * gain
+        k, v = torch.cat((txt_k, k), dim=1), torch.cat((txt_v, v.squeeze(2)), dim=1)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))           # (B, heads, L, head_dim)
+        if img.device.type == "cpu":         # whose flash kernel is slower in bf16 than in float32
+            q, k, v = q.float(), k.float(), v.float()
+        with torch.autocast(img.device.type, enabled=False):
+            out = F.scaled_dot_product_attention(q, k, v, mask)
+        return self.to_out[0](out.transpose(1, 2).flatten(2))
+
+class Block(nn.Module):
+    """Attention and a gated MLP over the image tokens (B, L, D). A shift, scale and gate for each
+    come from the timestep's vector (B, D) (DiT's adaLN-zero, arXiv 2212.09748)."""
+
+    def __init__(self, config):
+        super().__init__()
+        width, inner = config.hidden_size, int(config.hidden_size * config.mlp_ratio)
+        self.attention = Attention(config)
+        self.gate_proj = nn.Linear(width, inner, bias=False)
+        self.up_proj = nn.Linear(width, inner, bias=False)
+        self.down_proj = nn.Linear(inner, width, bias=False)
+        self.modulation = nn.ModuleDict({"lin": nn.Linear(width, 6 * width)})
+
+    def forward(self, img, txt, vec, rope, mask):
+        modulation = self.modulation["lin"](F.silu(vec))[:, None]
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation.chunk(6, dim=-1)
+        x = self.attention(modulate(img, shift, scale), txt, rope, mask)
+        img = torch.addcmul(img, gate, x)
+        x = modulate(img, mlp_shift, mlp_scale)
+        x = self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
+        return torch.addcmul(img, mlp_gate, x)
+
+class PRX(nn.Module):
+    """The PRX transformer: noisy latents, timestep and text in, clean latents or velocity out."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        patch_dim, width = config.in_channels * config.patch_size ** 2, config.hidden_size
+        inner = config.bottleneck_size
+        self.img_in = nn.Linear(patch_dim, width) if not inner else nn.Sequential(
+            nn.Linear(patch_dim, inner), nn.Linear(inner, width))
+        self.time_in = nn.ModuleDict({"in_layer": nn.Linear(256, width),
+                                      "out_layer": nn.Linear(width, width)})
+        self.txt_in = nn.Linear(config.context_in_dim, width)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.final_layer = nn.ModuleDict({
+            "adaLN_modulation": nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width)),
+            "linear": nn.Linear(width, patch_dim)})
+        for name, parameter in self.named_parameters():     # blocks begin as identities, x as zero
+            if "odulation" in name or "final_layer" in name:
+                nn.init.zeros_(parameter)
+
+    def forward(self, x, t, text, mask=None):
+        """x (B, C, H, W) noisy latents; t (B,) in [0, 1], 1 is pure noise; text (B, L, D), rows of
+        zeros are padding; mask (B, L), False at padding, only for checkpoints trained with one.
+        Without it a padding row is the bias of `txt_in`, one constant token that the model learns
+        to ignore, and attention can take the flash kernel. Returns the clean latents or the
+        velocity (B, C, H, W). Raises Refused where the patch size does not divide H and W."""
+        patch, (height, width) = self.config.patch_size, x.shape[-2:]
+        if height % patch or width % patch:
+            raise Refused(f"a patch of {patch} does not divide latents of {height} x {width}")
+        grid = height // patch, width // patch
+        rope = rope_table(*grid, self.config.axes_dim, self.config.theta, x.device)
+        return self.network(x, t, text, mask, grid, rope)
+
+    def network(self, x, t, text, mask, grid, rope):
+        """The part of `forward` that `torch.compile` is given."""
+        patch = self.config.patch_size
+        if mask is not None:                                  # text keys, then image keys
+            mask = F.pad(mask.bool(), (0, grid[0] * grid[1]), value=True)[:, None, None]
+        x = x.unflatten(2, (grid[0], patch)).unflatten(4, (grid[1], patch))     # (B, C, h, p, w, p)
+        img = self.img_in(x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2))       # (B, h w, D)
+        txt = self.txt_in(text)
+        vec = timestep_embedding(t * self.config.time_factor, self.config.time_max_period)
+        vec = self.time_in["out_layer"](F.silu(self.time_in["in_layer"](vec)))
+        for block in self.blocks:
+            img = block(img, txt, vec, rope, mask)
+        shift, scale = self.final_layer["adaLN_modulation"](vec)[:, None].chunk(2, dim=-1)
+        x = self.final_layer["linear"](modulate(img, shift, scale))
+        x = x.unflatten(1, grid).unflatten(3, (-1, patch, patch))               # (B, h, w, C, p, p)
+        return x.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)             # (B, C, H, W)
+
+    def flops(self, height, width, text_tokens):
+        """Floating-point operations in the matrix products of one picture's forward pass, latents
+        height x width; a training step takes three times that. What works on one vector a picture
+        (timestep, modulation) is left out."""
+        tokens = height * width // self.config.patch_size ** 2
+        total = 4 * self.config.depth * tokens * (tokens + text_tokens) * self.config.hidden_size
+        for name, weight in self.named_parameters():
+            if weight.ndim == 2 and "odulation" not in name and "time_in" not in name:
+                total += 2 * weight.numel() * (text_tokens if "txt" in name else tokens)
+        return total
+
+    @classmethod
+    def from_pretrained(cls, source):
+        """The model in a folder or Hub repository in diffusers' layout, or in a pipeline's
+        `transformer/`. Raises Refused where something is missing or does not fit."""
+        folder = fetch(source, "*config.json", "*diffusion_pytorch_model*.safetensors")
+        if (folder / "transformer").is_dir():
+            folder = folder / "transformer"
+        config, weights = read_json(folder / "config.json"), {}
+        for file in sorted(folder.glob("diffusion_pytorch_model*.safetensors")):
+            weights |= read_safetensors(file)
+        names = {field.name for field in fields(PRXConfig)} & config.keys()
+        try:
+            model = cls(PRXConfig(**{name: config[name] for name in names}))
+            model.load_state_dict(weights)
+        except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
+            raise Refused(f"{folder} does not hold a PRX: {' '.join(str(error).split())[:300]}")
+        return model
+
+    def save_pretrained(self, folder):
+        """Write `config.json` and `diffusion_pytorch_model.safetensors` for diffusers and us."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        write_safetensors(f"{folder}/diffusion_pytorch_model.safetensors", self.state_dict())
+        write_json(f"{folder}/config.json",
+                   {"_class_name": "PRXTransformer2DModel", **asdict(self.config)})
+
+# ------------------------------------------------------------------------------------ the flow
+# The path from a clean picture to noise is the line x_t = (1 - t) x + t noise; the model learns
+# its velocity, noise - x (rectified flow, arXiv 2209.03003).
+
+def shift_time(t, shift):
+    """Move timesteps in [0, 1] towards the noise, as large pictures need it (SD3, 2403.03206)."""
+    return shift * t / (1 + (shift - 1) * t)
+
+def sample_timesteps(n, shift, generator):
+    """n timesteps to train on, on the generator's device: the sigmoid of a normal (SD3), one in ten
+    uniform instead, then shifted, never below 1e-3 (PRX)."""
+    uniform, rare = torch.rand(2, n, generator=generator, device=generator.device)
+    normal = torch.randn(n, generator=generator, device=generator.device)
+    return shift_time(torch.where(rare < 0.1, uniform, normal.sigmoid()), shift).clamp(min=1e-3)
+
+def add_noise(x, noise, t):
+    """The point x_t of the path for x and noise (B, C, H, W) and t (B,)."""
+    return torch.lerp(x, noise, t[:, None, None, None])
+
+def velocity(output, x_t, t, predict):
+    """The velocity that the model's output at x_t (B, C, H, W) and t (B,) stands for: itself if the
+    model predicts "v", else derived from the clean picture that it predicts ("x", JiT,
+    arXiv 2511.13720). The clamp keeps small errors near t = 0 from counting without bound; JiT and
+    PRX have the same 0.05."""
+    if predict == "v":
+        return output
+    return (x_t - output) / t.clamp(min=0.05)[:, None, None, None]
+
+# ----------------------------------------------------------------------------- files, whole or not
+
+def run_script(main):
+    """Run a script's main. Bad input and failing disks end in one sentence and exit code 1."""
+    name = Path(sys.argv[0]).name
+    try:
+        main()
+    except (Refused, OSError) as error:
+        sys.exit(f"{name}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"{name}: stopped; the same command again continues")
+
+@contextlib.contextmanager
+def whole_file(path):
+    """A binary file to write to, which gets its name only once it is complete and on the disk."""
+    partial = Path(f"{path}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+def write_json(path, value):
+    """Write value as JSON, whole or not at all."""
+    with whole_file(path) as file:
+        file.write(json.dumps(value, indent=2, ensure_ascii=False).encode())
+
+def read_json(path):
+    """The object in a JSON file. Raises Refused where it is missing or broken."""
+    try:
+        value = json.loads(Path(path).read_bytes())
+        if isinstance(value, dict):
+            return value
+        raise ValueError("it does not hold an object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise Refused(f"{path} cannot be used: {error}")
+
+def fetch(source, *patterns):
+    """`source` if it is a folder, else the folder into which the files of that Hub repository that
+    match the patterns were downloaded. Raises Refused where there is neither."""
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import errors, snapshot_download           # slow to import, seldom needed
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=patterns))
+    except (errors.HFValidationError, errors.LocalEntryNotFoundError, errors.HfHubHTTPError) as e:
+        reason = str(e).split("\n")[0]
+        raise Refused(f"{source} is no folder here, and the Hub does not give it: {reason}")
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+          "U8": torch.uint8, "BOOL": torch.bool}
+
+def read_safetensors(path):
+    """The tensors of a safetensors file by name. The format is an 8-byte length, a JSON header of
+    dtypes, shapes and offsets, then raw bytes without gaps. Raises Refused where it is broken."""
+    tensors, position, size = {}, 0, os.path.getsize(path) - 8
+    with open(path, "rb") as file:
+        try:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > size:
+                raise ValueError(f"a header of {length:,} bytes in a file of {size + 8:,}")
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+                dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
+                begin, end = entry["data_offsets"]
+                if any(type(n) is not int or n < 0 for n in (*shape, begin, end)):
+                    raise ValueError(f"{name} has a shape or offset that is no natural number")
+                if begin != position or end - begin != math.prod(shape) * dtype.itemsize:
+                    raise ValueError(f"bytes {begin:,} to {end:,} do not fit {name}")
+                if end > size - length:
+                    raise ValueError(f"{name} ends after the file")
+                tensors[name], position = torch.empty(shape, dtype=dtype), end
+                file.readinto(tensors[name].flatten().view(torch.uint8).numpy())
+            if position != size - length:
+                raise ValueError(f"{size - length - position:,} bytes belong to no tensor")
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError, RuntimeError,
+                struct.error) as error:
+            raise Refused(f"{path} is not a whole safetensors file: {error!r}")
+    return tensors
+
+def write_safetensors(path, tensors):
+    """Write tensors by name as a safetensors file, whole or not at all."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header, position = {"__metadata__": {"format": "pt"}}, 0
+    for name, tensor in tensors.items():
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape),
+                        "data_offsets": [position, position + tensor.nbytes]}
+        position += tensor.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with whole_file(path) as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for tensor in tensors.values():
+            file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())

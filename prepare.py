@@ -1,0 +1,520 @@
+"""Pictures and captions in, a cache of latents and text embeddings out.
+
+    python prepare.py                                          # 20,000 scenes into data/scenes
+    python prepare.py photos/ --out data/photos --size 64      # a folder of pictures
+    python prepare.py shards/ --out data/shards --size 256     # a folder of WebDataset tars
+
+A caption stands beside its picture under the same name, in a .txt or in a .json (as `prompt`,
+`caption` or `text`), or in a metadata.jsonl or metadata.csv (as `file_name` and `text`).
+
+    data/scenes/meta.json                 sizes, encoders, mean and std per channel
+                null.npy                  the embedding of the empty caption (L, D)
+                shard-00000/latents.npy   (N, C, H, W)
+                            text.npy      (sum of all L, D), one caption behind the other ...
+                            offsets.npy   (N + 1), ... caption i in rows offsets[i]:offsets[i + 1]
+                            captions.txt  a line each
+
+A shard gets its name when it is whole, so the same command continues a killed run, and
+`torchrun --nproc_per_node=4 prepare.py ...` shares the shards among processes.
+"""
+import argparse
+import contextlib
+import csv
+import hashlib
+import inspect
+import io
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import tarfile
+import zlib
+from collections import Counter, namedtuple
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from model import Refused, read_json, run_script, write_json
+
+# --------------------------------------------------------------------- the built-in world: scenes
+# Coloured shapes on a coloured ground. Since the scene behind a prompt is known, a picture can be
+# checked for it, as GenEval (arXiv 2310.11513) does with an object detector on photographs.
+
+COLOURS = {"red": (225, 35, 40), "green": (40, 165, 70), "blue": (40, 85, 225),
+           "yellow": (250, 215, 45), "purple": (165, 50, 190), "cyan": (60, 205, 225),
+           "white": (245, 245, 245), "black": (20, 20, 25)}
+SHAPES = ("circle", "square", "triangle", "diamond", "cross", "ring")
+PLACES = {"top left": (-1, -1), "top": (0, -1), "top right": (1, -1), "left": (-1, 0),
+          "right": (1, 0), "bottom left": (-1, 1), "bottom": (0, 1), "bottom right": (1, 1)}
+RELATIONS = {"left": "left of", "right": "right of", "top": "above", "bottom": "below"}
+OPPOSITE = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}
+NEVER_TRAINED = {("red", "triangle"), ("blue", "ring"), ("yellow", "cross"), ("green", "diamond")}
+STEP = 0.27                    # from the centre of the picture to a place, in picture widths
+
+Thing = namedtuple("Thing", "colour shape place x y radius")     # lengths in picture widths
+Scene = namedtuple("Scene", "ground things")                     # one thing, or two face to face
+
+def random_scene(rng, split="train"):
+    """Draw a scene of a split with a NumPy generator: "composition" are the scenes with a pair in
+    NEVER_TRAINED, "held-out" every eighth caption of the others, "train" the rest."""
+    while True:
+        ground, *colours = rng.permutation(list(COLOURS)).tolist()
+        places = [rng.choice(list(PLACES)).item()]
+        if rng.random() < 0.6:
+            first = rng.choice(list(OPPOSITE)).item()
+            places = [first, OPPOSITE[first]]
+        things = []
+        for colour, place in zip(colours, places):
+            x, y = 0.5 + STEP * np.array(PLACES[place]) + rng.uniform(-0.02, 0.02, 2)
+            shape = rng.choice(SHAPES).item()
+            things.append(Thing(colour, shape, place, x, y, rng.uniform(0.14, 0.17)))
+        scene = Scene(ground, things)
+        held_out = zlib.crc32(caption(scene).encode()) % 8 == 0
+        composition = any(thing[:2] in NEVER_TRAINED for thing in things)
+        if split == ("composition" if composition else "held-out" if held_out else "train"):
+            return scene
+
+def caption(scene, short=False):
+    """The scene in words. The long form tells all that is checked; the short form leaves out places
+    and ground, which cost PRX more than anything else it tried (FID 18.20 to 36.84)."""
+    names = [f"a {thing.colour} {thing.shape}" for thing in scene.things]
+    if short:
+        return " and ".join(names)
+    place = scene.things[0].place
+    where = f"{RELATIONS[place]} {names[1]}" if names[1:] else f"at the {place}"
+    return f"{names[0]} {where} on a {scene.ground} ground"
+
+def coverage(thing, size):
+    """The share (size, size) of each pixel that a thing covers, from its signed distance."""
+    centres = (np.arange(size) + 0.5) / size
+    x, y = (centres - thing.x) / thing.radius, (centres[:, None] - thing.y) / thing.radius
+    a, b, r = np.abs(x), np.abs(y), np.hypot(x, y)
+    distance = {"circle": r - 1,                           # sizes that make all areas much the same
+                "square": np.maximum(a, b) - 0.89,
+                "triangle": np.maximum(y, 0.866 * a - 0.5 * y) - 0.68,
+                "diamond": (a + b - 1.25) * 0.7071,
+                "cross": np.minimum(np.maximum(a - 0.4, b - 1.15), np.maximum(a - 1.15, b - 0.4)),
+                "ring": np.abs(r - 0.85) - 0.3}[thing.shape]
+    return np.clip(0.5 - distance * thing.radius * size, 0, 1)
+
+AREAS = {shape: coverage(Thing("", shape, "", 0.5, 0.5, 0.25), 256).mean() * 16 for shape in SHAPES}
+
+def render(scene, size):
+    """Draw a scene: (size, size, 3) uint8."""
+    picture = np.full((size, size, 3), COLOURS[scene.ground], np.float32)
+    for thing in scene.things:
+        picture += coverage(thing, size)[..., None] * (COLOURS[thing.colour] - picture)
+    return picture.round().astype(np.uint8)
+
+def read_scene(picture):
+    """Read the scene back from a picture (size, size, 3) uint8, knowing nothing of the prompt.
+    Returns it, and whether drawing it gives that picture again, but for 2% of the pixels."""
+    def colour_of(pixels):
+        median = np.median(pixels.reshape(-1, 3), axis=0)
+        return min(COLOURS, key=lambda name: np.linalg.norm(median - COLOURS[name])), median
+
+    picture, size, things = picture.astype(np.float32), len(picture), []
+    centres = (np.arange(size) + 0.5) / size
+    near = {place: np.hypot(centres - 0.5 - STEP * dx, centres[:, None] - 0.5 - STEP * dy) < STEP
+            for place, (dx, dy) in PLACES.items()}
+    ground, base = colour_of(np.stack((picture[0], picture[-1], picture[:, 0], picture[:, -1])))
+    rest = np.linalg.norm(picture - base, axis=-1) > 70              # pixels that are not ground
+    while len(things) < 3:
+        place = max(near, key=lambda place: (rest & near[place]).sum())
+        if (rest & near[place]).mean() < 0.015:
+            break
+        name, colour = colour_of(picture[rest & near[place]])
+        alpha = (picture - base) @ (colour - base) / np.square(colour - base).sum()
+        alpha = alpha.clip(0, 1) * near[place]
+        x, y = (alpha.sum(axis) @ centres / alpha.sum() for axis in (0, 1))
+        fits = [Thing(name, shape, place, x, y, (alpha.mean() / AREAS[shape]) ** 0.5)
+                for shape in SHAPES]
+        things.append(min(fits, key=lambda thing: np.abs(alpha - coverage(thing, size)).sum()))
+        rest &= ~near[place]
+    scene = Scene(ground, things)
+    return scene, (np.linalg.norm(picture - render(scene, size), axis=-1) > 70).mean() < 0.02
+
+def judge(picture, scene):
+    """What of a scene a picture (size, size, 3) uint8 shows rightly: a dict of attributes."""
+    seen, clean = read_scene(picture)
+    there = {thing.place: thing for thing in seen.things}
+    pairs = [(thing, there.get(thing.place)) for thing in scene.things]
+    return {"ground": seen.ground == scene.ground,
+            "count": len(seen.things) == len(scene.things),
+            "place": all(found for _, found in pairs),
+            "colour": all(found and found.colour == thing.colour for thing, found in pairs),
+            "shape": all(found and found.shape == thing.shape for thing, found in pairs),
+            "clean": bool(clean)}
+
+def check(picture, scene):
+    """Whether a picture (size, size, 3) uint8 shows a scene: all of it, and nothing else."""
+    return all(judge(picture, scene).values())
+
+# --------------------------------------------------------- where pictures and captions come from
+# A source has parts, each of which makes a shard. A part is a list of items (name, caption, load);
+# load() gives the picture, PIL in RGB, or raises Refused with the reason why not.
+
+PART = 4096                    # items in a part, where the source is not a tar
+ENDINGS = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+MAX_PIXELS = 100_000_000
+Image.MAX_IMAGE_PIXELS = None                    # Pillow only warns at first; load_picture refuses
+
+def load_picture(path, offset, length):
+    """The picture in a stretch of a file: RGB, upright, and on white where it is transparent."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(offset)
+            picture = Image.open(io.BytesIO(file.read(length)))
+        if math.prod(picture.size) > MAX_PIXELS:
+            raise Refused(f"more than {MAX_PIXELS:,} pixels")
+        picture = ImageOps.exif_transpose(picture)
+        if picture.mode.startswith("I"):                                      # 16 bits of grey
+            picture = Image.fromarray((np.asarray(picture) / 257).clip(0, 255).astype(np.uint8))
+        if picture.has_transparency_data:
+            picture = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+        return picture.convert("RGB")
+    except Exception as error:         # Pillow's decoders raise whatever they come upon
+        raise error if isinstance(error, Refused) else Refused("broken picture")
+
+def list_files(source):
+    """Yield (stem, name, path, offset, length) for each file in a folder, or in a tar, of which
+    nothing is unpacked. Files of one stem belong together: in a folder the name without its ending,
+    in a tar, as WebDataset has it, the name up to its first dot."""
+    if source.is_dir():
+        for path in sorted(source.rglob("*")):
+            if path.is_file():
+                name = path.relative_to(source)
+                yield str(name.with_suffix("")), str(name), path, 0, -1
+        return
+    try:
+        with tarfile.open(source, "r:") as tar:
+            for member in filter(tarfile.TarInfo.isfile, tar):
+                stem = re.match(r"(?s)(.*/)?[^.]*", member.name).group()
+                yield stem, member.name, source, member.offset_data, member.size
+    except tarfile.TarError as error:
+        print(f"{source} is read only up to a point: {error}")
+
+def read_captions(stem, name, text):
+    """The captions, by stem or by name of the picture, in the text of a file beside it."""
+    if name.endswith(".txt"):
+        return {stem: text}
+    if name.endswith(".json"):
+        found = json.loads(text)
+        return {stem: found[key] for key in ("text", "caption", "prompt") if found.get(key)}
+    rows = csv.DictReader(text.splitlines()) if name.endswith(".csv") else \
+        map(json.loads, text.splitlines())
+    return {os.path.join(os.path.dirname(name), row["file_name"]): row["text"] for row in rows}
+
+def list_items(source):
+    """The items of a folder with those in it, or of a tar."""
+    pictures, captions = [], {}
+    for stem, name, path, offset, length in list_files(source):
+        if Path(name.lower()).suffix in ENDINGS:
+            pictures.append((stem, name, partial(load_picture, path, offset, length)))
+        elif name.endswith((".txt", ".json", "metadata.jsonl", "metadata.csv")):
+            with open(path, "rb") as file:
+                file.seek(offset)
+                data = file.read(length)
+            with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError, csv.Error):
+                captions |= read_captions(stem, name, data.decode("utf-8-sig"))
+    return [(name, str(captions.get(name) or captions.get(stem, "")), load)
+            for stem, name, load in pictures]
+
+def list_scenes(first, size, short):
+    """The items of a part of the scenes; a scene's number is its seed."""
+    scenes = [random_scene(np.random.default_rng(n)) for n in range(first, first + PART)]
+    return [(f"scene {n}", caption(scene, short), lambda scene=scene: Image.fromarray(
+        render(scene, size))) for n, scene in enumerate(scenes, first)]
+
+def list_parts(source, size=32, short=False):
+    """The parts of a source, each a function that gives its items. A source is "scenes" (which
+    have no end), a folder of pictures, a tar or a folder of tars. Raises Refused."""
+    if source == "scenes":
+        return (partial(list_scenes, first, size, short) for first in itertools.count(0, PART))
+    path = Path(source)
+    if tars := [path] if path.is_file() else sorted(path.glob("*.tar")):
+        return [partial(list_items, tar) for tar in tars]
+    if items := list_items(path) if path.is_dir() else []:
+        return [partial(items.__getitem__, slice(first, first + PART))
+                for first in range(0, len(items), PART)]
+    raise Refused(f"{source} is neither a tar file nor a folder with pictures or tar files in it")
+
+def load_squares(items, size, min_size=0):
+    """A batch of items as (name, caption, picture (size, size, 3) uint8), or (name, reason, None)
+    where there is something wrong. Runs in a DataLoader's workers."""
+    batch = []
+    for name, text, load in items:
+        try:
+            text = " ".join(text.replace("\0", " ").split())
+            if not text:
+                raise Refused("no caption")
+            picture = load()
+            if min(picture.size) < min_size:
+                raise Refused(f"shorter side below {min_size} pixels")
+            picture = ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
+            batch.append((name, text, np.asarray(picture)))
+        except Refused as reason:
+            batch.append((name, str(reason), None))
+    return batch
+
+def read_source(source):
+    """Yield each usable picture (PIL, RGB) of a source, whole, with its caption."""
+    for part in list_parts(source):
+        for _, text, load in part():
+            with contextlib.suppress(Refused):
+                yield load(), text
+
+# ---------------------------------------------------------------------------- the frozen encoders
+
+class Pixels:
+    """The codec that leaves pictures as they are; the cache keeps them as uint8."""
+    channels, factor, dtype = 3, 1, "uint8"
+
+    def encode(self, images):
+        """Images (B, 3, H, W) in [-1, 1] to latents (B, channels, H / factor, W / factor)."""
+        return images
+
+    def decode(self, latents):
+        """Latents to images (B, 3, H, W) in [-1, 1]."""
+        return latents.clamp(-1, 1)
+
+def load_codec(name):
+    """The codec of that name. Raises Refused where there is none."""
+    if name != "pixels":
+        raise Refused(f"there is no codec named {name}; there is pixels")
+    return Pixels()
+
+class Words:
+    """Text embeddings that need no download. A word is a random vector seeded by its own spelling
+    (the hashing trick, arXiv 0902.2206); a token is a word beside its left and right neighbours, so
+    that "red circle" is not "circle red". The empty caption has no tokens."""
+    width = 32
+    dim = 3 * width
+
+    def vector(self, word):
+        """The vector of a word, uniform numbers of mean 0 and variance 1; zeros for no word."""
+        numbers = np.frombuffer(hashlib.shake_256(word.encode()).digest(self.width), np.uint8)
+        return (numbers / 127.5 - 1).astype(np.float32) * (3 ** 0.5 if word else 0)
+
+    def __call__(self, captions):
+        """A list of captions to a list of (L_i, dim) float32 tensors."""
+        vectors, embeddings = {}, []
+        for text in captions:
+            words = ["", *re.findall(r"\w+", text.lower()), ""]
+            vectors |= {word: self.vector(word) for word in set(words) - vectors.keys()}
+            rows = np.stack([vectors[word] for word in words])
+            rows = np.concatenate((rows[1:-1], rows[:-2], rows[2:]), axis=1)
+            embeddings.append(torch.from_numpy(rows))
+        return embeddings
+
+def load_text_encoder(name):
+    """The text encoder of that name. Raises Refused where there is none."""
+    if name != "words":
+        raise Refused(f"there is no text encoder named {name}; there is words")
+    return Words()
+
+def pad(embeddings, tokens):
+    """A list of (L_i, D) embeddings as one (B, tokens, D), cut or filled up with rows of zeros."""
+    padded = torch.zeros(len(embeddings), tokens, embeddings[0].shape[1])
+    for row, embedding in zip(padded, embeddings):
+        row[:len(embedding)] = embedding[:tokens]
+    return padded
+
+# -------------------------------------------------------------------------------- flags and cache
+
+def number(kind, low, high=math.inf):
+    """A type for flags: int or float, from low to high."""
+    def parse(text):
+        if low <= kind(text) <= high:
+            return kind(text)
+        raise ValueError
+    parse.__name__ = f"{kind.__name__} from {low} to {high}"                # for argparse's errors
+    return parse
+
+count, natural, positive, share = (
+    number(int, 1), number(int, 0), number(float, 1e-12), number(float, 0, 1))
+
+def parse_flags(settings, description, **positional):
+    """The dataclass `settings` filled from the command line. Each field is a flag, and the comment
+    behind it the help; `positional` gives the nargs of those that are no flags. What is wrong, also
+    by the dataclass's own word, ends in a sentence and exit code 2."""
+    parser = argparse.ArgumentParser(usage="%(prog)s [flags]; --help tells them all",
+                                     description=description,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    comments = dict(re.findall(r"(?m)^    (\w+):[^#\n]*# +(.*)$", inspect.getsource(settings)))
+    for field in fields(settings):
+        how = {"type": field.type}
+        if field.type is bool:
+            how = {"action": "store_true"}
+        elif get_args(field.type):                                     # Literal["one", "other"]
+            how = {"choices": get_args(field.type)}
+        name = "--" + field.name.replace("_", "-")
+        if field.name in positional:
+            name, how["nargs"] = field.name, positional[field.name]
+        parser.add_argument(name, default=field.default, **how,
+                            help=f"{comments[field.name]} (default: %(default)r)")
+    try:
+        return settings(**vars(parser.parse_args()))
+    except Refused as error:
+        parser.error(str(error))
+
+@dataclass
+class Settings:
+    """What a cache is made of. Each field is a flag, and its comment the help."""
+    source: str = "scenes"       # scenes, a folder of pictures or of tars, or a tar
+    out: str = ""                # folder of the cache; "": data/ and the source's name
+    size: natural = 0            # side of the square pictures in pixels; 0: 32 for scenes, else 256
+    limit: natural = 0           # look at no more pictures; 0: 20,000 scenes, or all there are
+    codec: str = "pixels"        # what makes latents of pictures: pixels
+    text: str = "words"          # what makes embeddings of captions: words
+    max_tokens: count = 64       # where captions are cut
+    captions: Literal["long", "short"] = "long"    # how scenes are told
+    min_size: natural = 0        # leave out pictures with a shorter side; 0: half of size
+    workers: natural = os.cpu_count()              # processes that decode pictures
+
+    def __post_init__(self):
+        scenes = self.source == "scenes"
+        self.out = self.out or f"data/{Path(self.source).stem}"
+        self.size = self.size or (32 if scenes else 256)
+        self.limit = self.limit or (20_000 if scenes else 10 ** 9)
+        self.min_size = self.min_size or self.size // 2
+        self.workers *= not scenes
+        if self.captions == "short" and not scenes:
+            raise Refused("--captions short is for scenes; other pictures have what they have")
+
+def write_npy_header(file, dtype, shape):
+    """Begin a .npy file, or correct its count of rows: NumPy leaves room in the header for any."""
+    file.seek(0)
+    np.lib.format.write_array_header_1_0(
+        file, {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape})
+
+def write_shard(folder, items, settings, codec, encode_text, bar):
+    """Encode items into the folder of a shard, which gets its name when it is whole."""
+    unfinished, side = folder.with_suffix(".partial"), settings.size // codec.factor
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir()
+    offsets, report, sums = [0], Counter(), np.zeros((2, codec.channels))
+    batches = torch.utils.data.DataLoader(
+        items, batch_size=64, num_workers=settings.workers,
+        collate_fn=partial(load_squares, size=settings.size, min_size=settings.min_size))
+    with open(unfinished / "latents.npy", "wb") as latents_file, \
+            open(unfinished / "text.npy", "wb") as text_file, \
+            open(unfinished / "captions.txt", "w", encoding="utf-8") as captions_file:
+        write_npy_header(latents_file, codec.dtype, (0, codec.channels, side, side))
+        write_npy_header(text_file, "float16", (0, encode_text.dim))
+        for batch in batches:
+            bar.update(len(batch))
+            for name, reason, picture in batch:
+                if picture is None:
+                    report[reason] += 1
+                    if report[reason] <= 3:
+                        bar.write(f"left out {name}: {reason}")
+            captions = [text for _, text, picture in batch if picture is not None]
+            if not captions:
+                continue
+            pictures = np.stack([picture for *_, picture in batch if picture is not None])
+            images = torch.from_numpy(pictures).permute(0, 3, 1, 2) / 127.5 - 1
+            latents = codec.encode(images).double().cpu().numpy()
+            sums += latents.sum((0, 2, 3)), np.square(latents).sum((0, 2, 3))
+            if codec.dtype == "uint8":
+                latents = ((latents + 1) * 127.5).round()
+            latents_file.write(latents.astype(codec.dtype).tobytes())
+            for tokens in encode_text(captions):
+                report["caption cut"] += len(tokens) > settings.max_tokens
+                tokens = tokens[:settings.max_tokens]
+                text_file.write(tokens.half().cpu().numpy().tobytes())
+                offsets.append(offsets[-1] + len(tokens))
+            captions_file.writelines(f"{text}\n" for text in captions)
+        write_npy_header(latents_file, codec.dtype, (len(offsets) - 1, codec.channels, side, side))
+        write_npy_header(text_file, "float16", (offsets[-1], encode_text.dim))
+    np.save(unfinished / "offsets.npy", np.array(offsets))
+    write_json(unfinished / "shard.json", {"count": len(offsets) - 1, "seen": len(items),
+                                           "sums": sums.tolist(), "report": report})
+    unfinished.rename(folder)
+
+def refuse_differences(folder, old, new, free):
+    """Raise Refused with what differs between a folder's settings and new ones, but for the free
+    ones, if anything does."""
+    differ = [f"{key} was {old.get(key)!r} and is now {new.get(key)!r}"
+              for key in sorted(old.keys() | new.keys())
+              if key not in free and old.get(key) != new.get(key)]
+    if differ:
+        raise Refused(f"{folder} was made with other settings: {'; '.join(differ)}. Give those, "
+                      "choose another --out, or delete the folder")
+
+def prepare(settings):
+    """Write a cache, or go on with one, and return its `meta.json`. Under torchrun each process
+    takes its share of the parts and of the limit. Raises Refused where nothing can be used, or
+    where the cache was begun with other settings."""
+    out, wanted = Path(settings.out), asdict(settings)
+    rank, world = int(os.getenv("RANK", 0)), int(os.getenv("WORLD_SIZE", 1))
+    if (out / "settings.json").exists():
+        refuse_differences(out, read_json(out / "settings.json"), wanted, ("out", "workers"))
+    if (out / "meta.json").exists():
+        print(f"{out} is complete")
+        return
+    codec, encode_text = load_codec(settings.codec), load_text_encoder(settings.text)
+    parts = list_parts(settings.source, settings.size, settings.captions == "short")
+    if settings.size % codec.factor:
+        raise Refused(f"--size {settings.size} is not a multiple of {codec.factor}, the codec's")
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "settings.json", wanted)
+    left = settings.limit // world + (rank < settings.limit % world)
+    bar = tqdm(unit=" pictures", desc=str(out), disable=None if rank == 0 else True,
+               total=left if left < 10 ** 8 else None)
+    for number, part in enumerate(parts):
+        if number % world == rank and left > 0:
+            folder = out / f"shard-{number:05d}"
+            if not folder.exists():
+                write_shard(folder, part()[:left], settings, codec, encode_text, bar)
+            left -= read_json(folder / "shard.json")["seen"]
+        if left <= 0:
+            break
+    bar.close()
+    if world > 1:
+        torch.distributed.barrier()
+    if rank == 0:
+        finish(out, settings, codec, encode_text)
+    if world > 1:
+        torch.distributed.barrier()
+
+def finish(out, settings, codec, encode_text):
+    """Write `meta.json` from what the shards say of themselves, and report what was left out."""
+    folders = sorted(out.glob("shard-?????"))
+    shards = [read_json(folder / "shard.json") for folder in folders]
+    for reason, times in sum((Counter(shard["report"]) for shard in shards), Counter()).items():
+        print(f"{times:,} times: {reason}")
+    total, side = sum(shard["count"] for shard in shards), settings.size // codec.factor
+    if not total:
+        shutil.rmtree(out)
+        raise Refused(f"no picture in {settings.source} can be used")
+    mean, squares = sum(np.array(shard["sums"]) for shard in shards) / (total * side ** 2)
+    tokens = [np.diff(np.load(folder / "offsets.npy")).max(initial=0) for folder in folders]
+    np.save(out / "null.npy", encode_text([""])[0].half().cpu().numpy())
+    write_json(out / "meta.json", {
+        "source": settings.source, "size": settings.size, "codec": settings.codec,
+        "text": settings.text, "text_dim": encode_text.dim, "tokens": int(max(tokens)),
+        "count": total, "shards": {f.name: s["count"] for f, s in zip(folders, shards)},
+        "latent_shape": [codec.channels, side, side], "dtype": codec.dtype,
+        "mean": mean.tolist(), "std": np.sqrt((squares - mean ** 2).clip(1e-6)).tolist()})
+    print(f"{out} holds {total:,} pictures")
+
+def main():
+    settings = parse_flags(Settings, __doc__, source="?")
+    if int(os.getenv("WORLD_SIZE", 1)) > 1:
+        torch.distributed.init_process_group("gloo")
+    prepare(settings)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,143 @@
+"""Draw pictures with a trained model.
+
+    python sample.py "a red circle left of a blue square"
+    python sample.py "a boat on a lake" --run out/photos --n 4 --out boats/     # single files
+    python sample.py --score                             # the prompt accuracy on held-out scenes
+"""
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from model import (PRX, Refused, fetch, read_json, run_script, shift_time, velocity, whole_file)
+from prepare import (caption, count, judge, load_codec, load_text_encoder, natural, pad,
+                     parse_flags, random_scene)
+
+@dataclass
+class Settings:
+    """What to draw. Each field is a flag, and its comment the help."""
+    prompts: str = ()             # what to draw
+    file: str = ""                # more prompts, one a line
+    run: str = "out/scenes"       # folder of a run, or a Hub repository
+    out: str = "sample.png"       # one picture with all of them, or a folder for single files
+    n: count = 1                  # pictures for each prompt
+    steps: count = 20             # Euler steps
+    guidance: float = 3.0         # guidance scale; 1 is none
+    seed: natural = 0             # of the first picture of each prompt, the next has seed + 1
+    score: bool = False           # report the prompt accuracy on 512 held-out scenes instead
+
+    def __post_init__(self):
+        if self.file and not Path(self.file).is_file():
+            raise Refused(f"--file {self.file} does not exist")
+        if not (self.prompts or self.file or self.score):
+            raise Refused("give a prompt, --file or --score")
+
+def generate(model, text, null, noise, steps=20, guidance=3.0, predict="x", shift=1.0):
+    """Latents for text (B, L, D): follow the velocity from noise (B, C, H, W) with Euler steps.
+    The guidance scale leads away from what null (L, D), the empty caption, would give
+    (classifier-free guidance, arXiv 2207.12598); one pass computes both."""
+    x, text = noise, torch.cat((text, null.expand(len(text), -1, -1)))
+    times = shift_time(torch.linspace(1, 0, steps + 1, device=noise.device), shift)
+    for t, next_t in zip(times, times[1:]):
+        x_twice, t_batch = torch.cat((x, x)), t.expand(len(text))
+        output = model(x_twice, t_batch, text).float()
+        v_text, v_null = velocity(output, x_twice, t_batch, predict).chunk(2)
+        x = x + (next_t - t) * (v_null + guidance * (v_text - v_null))
+    return x
+
+@torch.no_grad()
+def draw(model, codec, info, text, null, seeds, steps=20, guidance=3.0):
+    """Pictures (B, H, W, 3) uint8 for text (B, L, D). Each begins with the noise of its own seed,
+    so that it is the same whatever else is drawn; `info` is what a run's nanoprx.json holds."""
+    device, pictures = next(model.parameters()).device, []
+    mean, std = (torch.tensor(info[key], device=device).view(-1, 1, 1) for key in ("mean", "std"))
+    for some in range(0, len(text), 64):
+        noise = torch.stack([
+            torch.randn(info["latent_shape"], generator=torch.Generator().manual_seed(seed))
+            for seed in seeds[some:some + 64]]).to(device)
+        latents = generate(model, text[some:some + 64].to(device), null.to(device), noise, steps,
+                           guidance, info["predict"], info["shift"])
+        images = codec.decode(latents * std + mean).float().clamp(-1, 1)
+        pictures.append(((images + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy())
+    return np.concatenate(pictures)
+
+def score(model, codec, info, encode_text, steps=20, guidance=3.0):
+    """The share of 512 fixed scenes, never trained on, that are drawn as prompted: "all" of the
+    scene, each attribute, and all of those scenes ("composition", an eighth, about as many as come
+    by chance) whose colour and shape were never trained together."""
+    rng = np.random.default_rng(0)
+    scenes = [random_scene(rng, "held-out" if n % 8 else "composition") for n in range(512)]
+    text = pad(encode_text([caption(scene) for scene in scenes]), info["tokens"])
+    null = pad(encode_text([""]), info["tokens"])[0]
+    pictures = draw(model, codec, info, text, null, range(512), steps, guidance)
+    verdicts = [judge(picture, scene) for picture, scene in zip(pictures, scenes)]
+    passed = [all(verdict.values()) for verdict in verdicts]
+    return {"all": np.mean(passed), "composition": np.mean(passed[::8]),
+            **{name: np.mean([verdict[name] for verdict in verdicts]) for name in verdicts[0]}}
+
+def grid(pictures, prompts, columns):
+    """A PIL picture of pictures (N, H, W, 3), small ones enlarged, each above its prompt."""
+    height, width = pictures.shape[1:3]
+    scale = -(-128 // width)
+    lines = ["\n".join(textwrap.wrap(prompt, width * scale // 6)[:4]) for prompt in prompts]
+    below = 15 * max(line.count("\n") + 1 for line in lines) + 8
+    step_x, step_y = width * scale + 8, height * scale + below
+    sheet = Image.new("RGB", (columns * step_x, -(-len(pictures) // columns) * step_y), "white")
+    for number, (picture, line) in enumerate(zip(pictures, lines)):
+        x, y = number % columns * step_x + 4, number // columns * step_y + 4
+        picture = Image.fromarray(picture).resize((width * scale, height * scale), Image.NEAREST)
+        sheet.paste(picture, (x, y))
+        ImageDraw.Draw(sheet).multiline_text((x, y + height * scale), line, "black",
+                                             ImageFont.load_default(11), spacing=2)
+    return sheet
+
+def save_png(picture, path):
+    """Write a PIL picture as PNG, whole or not at all."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as file:
+        picture.save(file, "png")
+
+def pick_device():
+    """The device, CUDA before Apple's MPS before the CPU, and whether it computes in bf16."""
+    if torch.cuda.is_available():
+        return torch.device("cuda"), torch.cuda.is_bf16_supported()
+    if torch.backends.mps.is_available():
+        return torch.device("mps"), False
+    bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.device("cpu"), bf16
+
+def main():
+    settings = parse_flags(Settings, __doc__, prompts="*")
+    folder = fetch(settings.run, "*.json", "*.safetensors")
+    folder = folder / "ema" if (folder / "ema").is_dir() else folder
+    info = read_json(folder / "nanoprx.json")
+    device, bf16 = pick_device()
+    model = PRX.from_pretrained(folder).to(device).eval()
+    codec, encode_text = load_codec(info["codec"]), load_text_encoder(info["text"])
+    how = {"steps": settings.steps, "guidance": settings.guidance}
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        if settings.score:
+            for name, share in score(model, codec, info, encode_text, **how).items():
+                print(f"{name:12}{share:7.1%}")
+            return
+        prompts = list(settings.prompts)
+        if settings.file:
+            prompts += filter(None, Path(settings.file).read_text("utf-8").splitlines())
+        prompts = [prompt for prompt in prompts for _ in range(settings.n)]
+        seeds = [settings.seed + number % settings.n for number in range(len(prompts))]
+        text, null = (pad(encode_text(some), info["tokens"]) for some in (prompts, [""]))
+        pictures = draw(model, codec, info, text, null[0], seeds, **how)
+    out, columns = Path(settings.out), settings.n if settings.n > 1 else min(len(prompts), 8)
+    if out.suffix:
+        save_png(grid(pictures, prompts, columns), out)
+        print(f"{out} shows {len(pictures)} pictures")
+        return
+    for number, (picture, prompt, seed) in enumerate(zip(pictures, prompts, seeds)):
+        save_png(Image.fromarray(picture), out / f"{number:04d}.png")
+        print(f"{out / f'{number:04d}.png'}: {prompt} (seed {seed})")
+
+if __name__ == "__main__":
+    run_script(main)

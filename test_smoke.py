@@ -1,0 +1,397 @@
+"""Every promise that README.md makes, tried: against diffusers on random weights, on small files
+made here, and by running the scripts as processes, as a user does.
+
+    pip install -r requirements.txt pytest diffusers transformers && pytest
+"""
+import csv
+import io
+import json
+import os
+import random
+import re
+import signal
+import struct
+import subprocess
+import sys
+import tarfile
+import time
+import zlib
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import model as M
+import prepare as P
+import sample as S
+import train as T
+
+HERE = Path(__file__).parent
+TINY = ("--width", "32", "--depth", "2", "--batch-size", "16", "--bottleneck", "16")
+torch.set_num_threads(2)
+
+def start(script, *args, cwd, processes=0):
+    """Start a script as a user would; with torchrun where processes are given."""
+    command = [sys.executable, HERE / script]
+    if processes:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                   f"--nproc_per_node={processes}", HERE / script]
+    return subprocess.Popen([*map(str, command), *map(str, args)], cwd=cwd, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+
+def run(script, *args, cwd, code=0, processes=0):
+    """Run a script to its end, check its exit code, and return what it printed."""
+    process = start(script, *args, cwd=cwd, processes=processes)
+    output = process.communicate(timeout=240)[0]
+    assert process.returncode == code, output
+    assert code == 0 or "Traceback" not in output or processes, output
+    return output
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """A working folder with the cache of 600 scenes."""
+    folder = tmp_path_factory.mktemp("work")
+    assert "600 pictures" in run("prepare.py", "--limit", 600, cwd=folder)
+    return folder
+
+@pytest.fixture(scope="session")
+def trained(folder):
+    """The folder after a short run of `torchrun train.py`."""
+    output = run("train.py", *TINY, "--steps", 48, "--sample-every", 20, cwd=folder, processes=1)
+    assert "prompt accuracy" in output and "python sample.py" in output
+    return folder
+
+def random_model(**sizes):
+    """A model in which no layer is zero."""
+    network = M.PRX(M.PRXConfig(context_in_dim=24, hidden_size=48, depth=3, mlp_ratio=3.5, **sizes))
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return network
+
+# ------------------------------------------------------------------------------------- model.py
+
+@pytest.mark.parametrize("sizes, shape, length", [
+    ({"in_channels": 3, "patch_size": 8, "num_heads": 2, "axes_dim": (12, 12),
+      "bottleneck_size": 16}, (32, 32), 5),
+    ({"in_channels": 4, "patch_size": 1, "num_heads": 3, "axes_dim": (8, 8)}, (5, 9), 1),
+    ({"in_channels": 16, "patch_size": 2, "num_heads": 4, "axes_dim": (4, 8)}, (8, 12), 17)])
+def test_agrees_with_diffusers_and_swaps_weights(sizes, shape, length, tmp_path):
+    from diffusers import PRXTransformer2DModel
+    torch.manual_seed(0)
+    ours = random_model(**sizes)
+    ours.save_pretrained(tmp_path / "ours")
+    theirs = PRXTransformer2DModel.from_pretrained(tmp_path / "ours", low_cpu_mem_usage=False)
+    theirs.save_pretrained(tmp_path / "pipeline" / "transformer")
+    back = M.PRX.from_pretrained(tmp_path / "pipeline")
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), back.parameters()))
+    x, t = torch.randn(2, sizes["in_channels"], *shape), torch.tensor([0.03, 0.9])
+    text = torch.randn(2, length, 24)
+    for mask in None, torch.arange(length) < torch.tensor([[1], [length]]):
+        with torch.no_grad():
+            expected = theirs(x, t, text, attention_mask=mask).sample
+            torch.testing.assert_close(back(x, t, text, mask), expected, rtol=1e-5, atol=1e-5)
+
+def test_training_step_takes_the_flash_kernel_and_one_rope_table():
+    network = random_model(in_channels=3, patch_size=4, num_heads=2, axes_dim=(12, 12))
+    M.rope_table.cache_clear()
+    for _ in range(2):
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            network(torch.randn(2, 3, 16, 16), torch.rand(2), torch.randn(2, 4, 24)).sum().backward()
+    assert M.rope_table.cache_info().misses == 1
+    assert all(parameter.grad is not None for parameter in network.parameters())
+
+def test_flow():
+    x, noise, t = torch.randn(3, 1, 2, 2), torch.randn(3, 1, 2, 2), torch.tensor([0.06, 0.5, 1.0])
+    x_t = M.add_noise(x, noise, t)
+    torch.testing.assert_close(M.velocity(x, x_t, t, "x"), noise - x, rtol=1e-4, atol=1e-4)
+    assert M.velocity(x, x_t, t, "v") is x
+    draws = M.sample_timesteps(200_000, 1.0, torch.Generator().manual_seed(0))
+    # 0.9 of a logit-normal and 0.1 of a uniform: their shares below 0.1 are 0.0140 and 0.1
+    assert abs((draws < 0.1).float().mean() - (0.9 * 0.0140 + 0.1 * 0.1)) < 0.002
+    assert draws.min() >= 1e-3 and abs(draws.mean() - 0.5) < 0.005
+    shifted = M.sample_timesteps(200_000, 3.0, torch.Generator().manual_seed(0))
+    inside = draws > 1e-3
+    torch.testing.assert_close(shifted[inside], (3 * draws / (1 + 2 * draws))[inside])
+
+def test_safetensors(tmp_path):
+    from safetensors.torch import load_file, save_file
+    tensors = {"a": torch.randn(3, 5), "b": torch.randn(4).bfloat16(), "c": torch.tensor(7),
+               "d": torch.zeros(0, 2), "e": torch.tensor([True, False, True])}
+    M.write_safetensors(tmp_path / "ours", tensors)
+    save_file(tensors, tmp_path / "theirs")
+    for read in load_file(tmp_path / "ours"), M.read_safetensors(tmp_path / "theirs"):
+        assert all(torch.equal(read[name], tensors[name]) for name in tensors)
+    whole = (tmp_path / "ours").read_bytes()
+    header = json.loads(whole[8:8 + struct.unpack("<Q", whole[:8])[0]])
+
+    def refused(data):
+        (tmp_path / "bad").write_bytes(data)
+        with pytest.raises(M.Refused, match="bad is not a whole safetensors file"):
+            M.read_safetensors(tmp_path / "bad")
+
+    for end in 0, 5, 40, len(whole) - 1:
+        refused(whole[:end])
+    refused(whole + b"x")
+    for change in ({"dtype": "F4"}, {"shape": [3, 6]}, {"shape": [-3, -5]}, {"shape": [2 ** 70, 0]},
+                   {"data_offsets": [0, 2 ** 40]}, {"data_offsets": [4, 64]}, {"data_offsets": None}):
+        text = json.dumps({**header, "a": {**header["a"], **change}}).encode()
+        refused(struct.pack("<Q", len(text)) + text + whole[-95:])
+    rng = random.Random(0)
+    for _ in range(1000):                # whatever the bytes, a sentence or tensors, never a crash
+        data = bytearray(whole)
+        for _ in range(rng.randint(1, 4)):
+            data[rng.randrange(len(data))] = rng.randrange(256)
+        (tmp_path / "fuzz").write_bytes(data)
+        try:
+            M.read_safetensors(tmp_path / "fuzz")
+        except M.Refused:
+            pass
+
+@pytest.mark.skipif("HF_HOME" not in os.environ, reason="needs the files of a Hub cache")
+def test_hub():
+    from safetensors.torch import load_file
+    path = M.fetch("madebyollin/taef2", "*.safetensors") / "taef2.safetensors"
+    ours, theirs = M.read_safetensors(path), load_file(path)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    for name in "no-such-user/no-such-model", "not a name!":
+        with pytest.raises(M.Refused, match="no folder here"):
+            M.PRX.from_pretrained(name)
+
+# ----------------------------------------------------------------------------------- prepare.py
+
+def test_check_is_strict_and_right():
+    rng, renders, changed = np.random.default_rng(5), [], []
+    for _ in range(300):
+        scene = P.random_scene(rng)
+        assert not {thing[:2] for thing in scene.things} & P.NEVER_TRAINED
+        for size in 32, 64:
+            renders.append(P.check(P.render(scene, size), scene))
+        others = [scene._replace(ground=ground) for ground in P.COLOURS if ground != scene.ground]
+        if len(scene.things) == 2:
+            others += [scene._replace(things=[thing]) for thing in scene.things]
+        for thing in scene.things:
+            rest = [other for other in scene.things if other is not thing]
+            new = [thing._replace(colour=colour) for colour in P.COLOURS]
+            new += [thing._replace(shape=shape) for shape in P.SHAPES]
+            new += [thing._replace(place=place, x=0.5 + P.STEP * x, y=0.5 + P.STEP * y)
+                    for place, (x, y) in P.PLACES.items()]
+            taken = {(other.colour, other.place) for other in rest} | {(scene.ground, thing.place)}
+            others += [scene._replace(things=[each, *rest]) for each in new
+                       if each[:3] != thing[:3] and (each.colour, each.place) not in taken
+                       and each.place not in {other.place for other in rest}]
+        changed += [P.check(P.render(other, 32), scene) for other in random.Random(0).sample(others, 8)]
+        blank = np.full((32, 32, 3), P.COLOURS[scene.ground], np.uint8)
+        assert not P.check(blank, scene)
+        assert not P.check(rng.integers(0, 256, (32, 32, 3)).astype(np.uint8), scene)
+    assert np.mean(renders) >= 0.995 and np.mean(changed) <= 0.01
+
+def test_scenes_splits_and_captions():
+    rng = np.random.default_rng(0)
+    train = {P.caption(P.random_scene(rng)) for _ in range(500)}
+    assert not train & {P.caption(P.random_scene(rng, "held-out")) for _ in range(500)}
+    scene = P.Scene("white", [P.Thing("red", "circle", "left", 0.2, 0.5, 0.15),
+                              P.Thing("blue", "square", "right", 0.8, 0.5, 0.15)])
+    assert P.caption(scene) == "a red circle left of a blue square on a white ground"
+    assert P.caption(scene, short=True) == "a red circle and a blue square"
+
+def test_words():
+    encode = P.load_text_encoder("words")
+    a, b, none = encode(["Red circle!", "circle red", ""])
+    assert a.shape == b.shape == (2, encode.dim) and none.shape == (0, encode.dim)
+    assert torch.equal(a[0, :32], b[1, :32]) and not torch.equal(a[0], b[1])
+    assert abs(encode([" ".join(map(str, range(500)))])[0][:, :32].std() - 1) < 0.02
+
+def picture_bytes(mode="RGB", size=(40, 30), kind="PNG", colour=None, **save):
+    data = io.BytesIO()
+    Image.new(mode, size, colour or 0).save(data, kind, **save)
+    return data.getvalue()
+
+def test_any_picture_from_a_folder(tmp_path):
+    source = tmp_path / "photos"
+    (source / "deeper").mkdir(parents=True)
+    rotated = Image.new("RGB", (60, 40), "red")
+    rotated.paste("blue", (0, 0, 30, 40))
+    exif = Image.Exif()
+    exif[0x0112] = 6                                           # the left side is the top
+    huge = b"IHDR" + struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
+    files = {
+        "clear.png": picture_bytes("RGBA", colour=(0, 0, 0, 0)), "grey.png": picture_bytes("L"),
+        "cmyk.jpg": picture_bytes("CMYK", kind="JPEG"), "deep.png": picture_bytes("I;16", colour=65535),
+        "palette.png": picture_bytes("P", transparency=0), "two.dots.webp": picture_bytes(kind="WEBP"),
+        "moving.gif": picture_bytes("P", kind="GIF"), "deeper/naïve name.bmp": picture_bytes(kind="BMP"),
+        "broken.jpg": picture_bytes(size=(400, 300), kind="JPEG", colour="red")[:900], "empty.png": b"",
+        "text.png": b"not a picture", "small.png": picture_bytes(size=(5, 50)), "bare.png": picture_bytes(),
+        "huge.png": picture_bytes()[:12] + huge + struct.pack(">I", zlib.crc32(huge))
+        + picture_bytes()[33:]}
+    for name, data in files.items():
+        (source / name).write_bytes(data)
+        if name != "bare.png":
+            (source / name).with_suffix(".txt").write_text(f"{name}\0 in\nwords", "utf-8")
+    rotated.save(source / "rotated.jpg", exif=exif, quality=95)
+    (source / "deeper" / "listed.png").write_bytes(picture_bytes())
+    (source / "metadata.jsonl").write_text('{"file_name": "rotated.jpg", "text": "it is rotated"}\n')
+    (source / "deeper" / "metadata.csv").write_text('file_name,text\nlisted.png,"listed, here"\n')
+    output = run("prepare.py", source, "--size", 16, "--workers", 1, cwd=tmp_path)
+    for line in ("3 times: broken picture", "1 times: no caption", "1 times: shorter side below 8",
+                 "1 times: more than 100,000,000 pixels", "left out bare.png: no caption"):
+        assert line in output, output
+    shard = tmp_path / "data/photos/shard-00000"
+    captions = (shard / "captions.txt").read_text("utf-8").splitlines()
+    latents = dict(zip(captions, np.load(shard / "latents.npy", mmap_mode="r")))
+    assert len(latents) == 10 and {"listed, here", "deeper/naïve name.bmp in words"} <= latents.keys()
+    assert latents["clear.png in words"].min() == latents["deep.png in words"].min() == 255
+    top, bottom = latents["it is rotated"][:, 2].mean(1), latents["it is rotated"][:, -3].mean(1)
+    assert top[2] > 200 > 50 > top[0] and bottom[0] > 200 > 50 > bottom[2]
+    (tmp_path / "nothing").mkdir()
+    (tmp_path / "nothing" / "a.png").write_bytes(b"")
+    assert "no picture in" in run("prepare.py", "nothing", cwd=tmp_path, code=1)
+    assert "neither a tar file nor" in run("prepare.py", "absent", cwd=tmp_path, code=1)
+
+def test_tar_shards(tmp_path):
+    (tmp_path / "shards").mkdir()
+    for number in range(2):
+        with tarfile.open(tmp_path / f"shards/{number}.tar", "w") as tar:
+            for name, data in (
+                    ("a/x.jpg", picture_bytes(kind="JPEG")), ("a/x.json", b'{"prompt": "an x"}'),
+                    ("../y.0.png", picture_bytes(size=(50, 50), colour="white")), ("../y.txt", b"a y"),
+                    ("/z.png", picture_bytes()), ("/z.txt", b"\xff\xfe\xff"), ("k.txt", b"alone")):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    whole = (tmp_path / "shards/1.tar").read_bytes()
+    (tmp_path / "shards/2.tar").write_bytes(whole[:2100])
+    before = set(tmp_path.parent.rglob("*"))
+    output = run("prepare.py", "shards", "--size", 16, "--workers", 0, cwd=tmp_path, processes=2)
+    meta = json.loads((tmp_path / "data/shards/meta.json").read_text())
+    assert meta["shards"]["shard-00000"] == meta["shards"]["shard-00001"] == 2 and "no caption" in output
+    assert (tmp_path / "data/shards/shard-00001/captions.txt").read_text() == "an x\na y\n"
+    assert all("data" in path.parts for path in set(tmp_path.parent.rglob("*")) - before)
+    pictures = list(P.read_source(str(tmp_path / "shards/0.tar")))
+    assert [(picture.mode, text) for picture, text in pictures][:2] == [("RGB", "an x"), ("RGB", "a y")]
+
+def test_cache_format_and_going_on_after_a_kill(folder, tmp_path):
+    meta, shard = json.loads((folder / "data/scenes/meta.json").read_text()), folder / "data/scenes/shard-00000"
+    latents, text, offsets = (np.load(shard / f"{name}.npy", mmap_mode="r")
+                              for name in ("latents", "text", "offsets"))
+    assert meta["latent_shape"] == [3, 32, 32] and latents.shape == (600, 3, 32, 32)
+    assert latents.dtype == np.uint8 and text.shape == (offsets[-1], 96) and len(offsets) == 601
+    x = latents[:] / 127.5 - 1
+    np.testing.assert_allclose(meta["mean"], x.mean((0, 2, 3)), atol=1e-4)
+    np.testing.assert_allclose(meta["std"], x.std((0, 2, 3)), atol=1e-4)
+    caption = (shard / "captions.txt").read_text().splitlines()[7]
+    expected = P.load_text_encoder("words")([caption])[0]
+    np.testing.assert_allclose(text[offsets[7]:offsets[8]], expected, atol=1e-3)
+    process = start("prepare.py", "--limit", 9000, cwd=tmp_path)
+    deadline = time.time() + 60
+    while not (tmp_path / "data/scenes/shard-00000").exists() and time.time() < deadline:
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    first = (tmp_path / "data/scenes/shard-00000/latents.npy").stat()
+    assert not (tmp_path / "data/scenes/meta.json").exists()
+    assert "size was 32 and is now 64" in run("prepare.py", "--limit", 9000, "--size", 64, cwd=tmp_path, code=1)
+    assert "9,000 pictures" in run("prepare.py", "--limit", 9000, cwd=tmp_path, processes=2)
+    assert (tmp_path / "data/scenes/shard-00000/latents.npy").stat() == first
+
+# --------------------------------------------------------------------------- train.py, sample.py
+
+def weights(run):
+    return M.read_safetensors(run / "ema/diffusion_pytorch_model.safetensors")
+
+def test_a_run_and_its_folder(trained):
+    out = trained / "out/scenes"
+    rows = list(csv.DictReader(open(out / "log.csv")))
+    assert [int(row["step"]) for row in rows] == [10, 20, 30, 40, 48]
+    assert float(rows[-1]["loss"]) < float(rows[0]["loss"])
+    assert [path.name for path in sorted((out / "samples").iterdir())] == [
+        "step_000020.png", "step_000040.png", "step_000048.png"]
+    assert Image.open(out / "learning.gif").n_frames == 3
+    assert "is finished" in run("train.py", *TINY, "--steps", 48, "--sample-every", 20, cwd=trained)
+    output = run("train.py", *TINY, "--steps", 30, "--lr", 0.01, cwd=trained, code=1)
+    assert "lr was 0.003 and is now 0.01" in output and "steps was 48 and is now 30" in output
+
+def test_sampling(trained, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red circle\n\na blue ring\n")
+    how = ("--run", trained / "out/scenes", "--steps", 3, "--seed", 5)
+    run("sample.py", *how, "--file", "prompts.txt", "a cross", "--n", 2, "--out", "many/", cwd=tmp_path)
+    run("sample.py", *how, "a blue ring", "--out", "one/", cwd=tmp_path)
+    assert len(list((tmp_path / "many").iterdir())) == 6
+    many, one = (np.asarray(Image.open(tmp_path / name)).astype(int)
+                 for name in ("many/0004.png", "one/0000.png"))
+    assert one.shape == (32, 32, 3) and abs(many - one).max() <= 2 and one.std() > 1
+    assert "2 pictures" in run("sample.py", *how, "a", "b", cwd=tmp_path)
+    assert Image.open(tmp_path / "sample.png").width == 272
+    lines = run("sample.py", *how, "--score", cwd=tmp_path).splitlines()
+    assert [line.split()[0] for line in lines] == [
+        "all", "composition", "ground", "count", "place", "colour", "shape", "clean"]
+
+def test_guidance_and_euler():
+    class Constant(torch.nn.Module):
+        def forward(self, x, t, text):
+            return text.mean((1, 2))[:, None, None, None].expand_as(x)
+    text, noise = torch.full((2, 3, 4), 2.0), torch.randn(2, 1, 4, 4)
+    latents = S.generate(Constant(), text, torch.ones(3, 4), noise, 5, 3.0, "v", 2.0)
+    torch.testing.assert_close(latents, noise - (1 + 3.0 * (2 - 1)))
+
+@pytest.mark.parametrize("how, processes", [
+    (signal.SIGKILL, 0), (signal.SIGTERM, 0), (signal.SIGINT, 0), (signal.SIGKILL, 2)])
+def test_an_interrupted_run_goes_on_exactly(trained, how, processes, tmp_path):
+    flags = (*TINY, "--steps", 60, "--save-every", 7, "--data", trained / "data/scenes", "--out")
+    process = start("train.py", *flags, tmp_path / "cut", cwd=tmp_path, processes=processes)
+    deadline = time.time() + 60
+    while not (tmp_path / "cut/ckpt.pt").exists() and time.time() < deadline:
+        time.sleep(0.01)
+    os.killpg(process.pid, how)
+    output = process.communicate(timeout=60)[0]
+    if how != signal.SIGKILL:
+        assert process.returncode == 0 and "the same command goes on" in output, output
+    step = torch.load(tmp_path / "cut/ckpt.pt", weights_only=True)["step"]
+    assert 0 < step < 60
+    run("train.py", *flags, tmp_path / "cut", cwd=tmp_path, processes=processes)
+    run("train.py", *flags, tmp_path / "whole", cwd=tmp_path, processes=processes)
+    cut, whole = weights(tmp_path / "cut"), weights(tmp_path / "whole")
+    assert all(torch.equal(cut[name], whole[name]) for name in whole)
+    logs = [(tmp_path / name / "log.csv").read_text().splitlines() for name in ("cut", "whole")]
+    assert len(logs[0]) >= len(logs[1])
+
+def test_processes_and_parts_of_a_batch_change_nothing(trained, tmp_path):
+    flags = (*TINY, "--steps", 20, "--dtype", "fp32", "--data", trained / "data/scenes", "--out")
+    run("train.py", *flags, "one", cwd=tmp_path)
+    run("train.py", *flags, "two", cwd=tmp_path, processes=2)
+    run("train.py", *flags, "parts", "--micro-batch", 6, cwd=tmp_path)
+    losses = {name: [float(row["loss"]) for row in csv.DictReader(open(tmp_path / name / "log.csv"))]
+              for name in ("one", "two", "parts")}
+    np.testing.assert_allclose(losses["two"], losses["one"], rtol=1e-3)
+    np.testing.assert_allclose(losses["parts"], losses["one"], rtol=1e-3)
+
+def test_a_loss_that_is_not_finite_is_not_saved(trained, tmp_path):
+    output = run("train.py", *TINY, "--steps", 40, "--lr", 1e30, "--save-every", 1, "--data",
+                 trained / "data/scenes", "--out", "out", cwd=tmp_path, code=1)
+    assert "loss is not finite at step" in output
+    if (tmp_path / "out/ckpt.pt").exists():
+        assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "out").values())
+
+@pytest.mark.parametrize("script, flags, sentence", [
+    ("train.py", ["--stepz", 3], "unrecognized arguments: --stepz"),
+    ("train.py", ["--steps", "many"], "argument --steps: invalid int from 1"),
+    ("train.py", ["--ema", 1.5], "argument --ema: invalid float from 0 to 1"),
+    ("train.py", ["--width", 100], "--width 100 is not a multiple of 4 times --heads"),
+    ("prepare.py", ["photos", "--captions", "short"], "--captions short is for scenes"),
+    ("sample.py", [], "give a prompt, --file or --score")])
+def test_wrong_flags(script, flags, sentence, tmp_path):
+    assert sentence in run(script, *flags, cwd=tmp_path, code=2) and not list(tmp_path.iterdir())
+
+def test_missing_things(tmp_path):
+    assert "there is no cache in data/x" in run("train.py", "--data", "data/x", cwd=tmp_path, code=1)
+    assert "no folder here" in run("sample.py", "a", "--run", "out/x", cwd=tmp_path, code=1)
+
+def test_every_setting_is_a_flag_with_help():
+    output = re.sub(r"\s+", " ", run("train.py", "--help", cwd=HERE))
+    for field in fields(T.Config):
+        assert f"--{field.name.replace('_', '-')} " in output
+    assert output.count("(default:") == len(fields(T.Config))

@@ -1,0 +1,326 @@
+"""Train a text-to-image model on a cache of latents, by the PRX recipe.
+
+    torchrun train.py                                     # the built-in scenes, minutes on a laptop
+    torchrun train.py --data data/photos --steps 20000
+    torchrun --nproc_per_node=8 train.py --data data/photos --batch-size 1024
+
+The same command again goes on where the run stopped. The folder of a run, out/scenes, holds
+`ckpt.pt`, `ema/` (the averaged weights, to sample with), `log.csv`, `samples/`, `learning.gif`.
+"""
+import math
+import os
+import pickle
+import signal
+import time
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+from model import (PRX, PRXConfig, Refused, add_noise, read_json, run_script, sample_timesteps,
+                   velocity, whole_file, write_json)
+from prepare import (Settings, count, load_codec, load_text_encoder, natural, pad, parse_flags,
+                     positive, prepare, refuse_differences, share)
+from sample import draw, grid, pick_device, save_png, score
+
+@dataclass
+class Config:
+    """All settings of a run. Each field is a flag, and its comment the help."""
+    data: str = "data/scenes"      # a cache that prepare.py wrote
+    out: str = ""                  # folder of the run; "": out/ and the cache's name
+    steps: count = 1600            # optimizer steps
+    batch_size: count = 64         # pictures in a step, over all processes
+    micro_batch: natural = 0       # pictures a process takes at once, to save memory; 0: all
+    seed: natural = 0              # of the weights, the order, the noise and the timesteps
+    save_every: count = 500        # steps from checkpoint to checkpoint
+    sample_every: count = 200      # steps from sample grid to sample grid
+    patch_size: count = 8          # a token is patch_size x patch_size latents
+    width: count = 128             # hidden size of the network
+    depth: count = 4               # blocks
+    heads: count = 2               # attention heads
+    mlp_ratio: positive = 3.0      # width of the MLP over hidden size
+    bottleneck: natural = 64       # width of the patches' bottleneck (PRX: 256 at 32 px); 0: none
+    predict: Literal["x", "v"] = "x"                    # clean picture (JiT) or velocity
+    shift: positive = 1.0          # timestep shift (PRX: 3 for pixels at 1024 px, else 1)
+    caption_dropout: share = 0.1   # share of captions left empty, for guidance (PRX: 0.1)
+    optimizer: Literal["muon", "adamw"] = "muon"        # for the blocks (PRX: FID 15.55 or 18.20)
+    muon_lr: positive = 5e-3       # learning rate of Muon (PRX: 1e-4)
+    lr: positive = 3e-3            # learning rate of AdamW (PRX: 1e-4)
+    warmup: natural = 30           # steps of linear warm-up (PRX: 1,000)
+    cooldown: share = 0.4          # last share of the steps, with a linear cool-down (PRX: none)
+    clip: positive = 1.0           # norm to which gradients are clipped (PRX: 0.2)
+    ema: share = 0.98              # decay of the averaged weights, each step (PRX: 0.999 every 10)
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"     # autocast; auto: bf16 if there is hardware
+    compile: Literal["auto", "on", "off"] = "auto"      # torch.compile; auto: on CUDA
+    workers: natural = 2           # processes that load, where there is a GPU
+
+    def __post_init__(self):
+        self.out = self.out or f"out/{Path(self.data).name}"
+        if self.batch_size % int(os.getenv("WORLD_SIZE", 1)):
+            raise Refused(f"--batch-size {self.batch_size} is not a multiple of the processes")
+        if self.width % (4 * self.heads):
+            raise Refused(f"--width {self.width} is not a multiple of 4 times --heads {self.heads}")
+
+# -------------------------------------------------------------------------------------- the data
+
+class Cache(torch.utils.data.Dataset):
+    """What prepare.py wrote, mapped into memory; what goes with every batch is on the device."""
+
+    def __init__(self, folder, device):
+        self.meta = read_json(folder / "meta.json")
+        self.shards = [{name: np.load(folder / shard / f"{name}.npy", mmap_mode="r")
+                        for name in ("latents", "text", "offsets")}
+                       for shard, pictures in self.meta["shards"].items() if pictures]
+        self.starts = np.cumsum([0] + [len(shard["latents"]) for shard in self.shards])
+        self.mean, self.std = (torch.tensor(self.meta[name], device=device)[:, None, None]
+                               for name in ("mean", "std"))
+        null = torch.from_numpy(np.load(folder / "null.npy")).float()
+        self.null = pad([null], self.meta["tokens"])[0].to(device)               # (tokens, D)
+
+    def __len__(self):
+        return int(self.starts[-1])
+
+    def __getitems__(self, indices):
+        """Latents (B, C, H, W) as they are stored, and text (B, tokens, D), padded with zeros."""
+        latents, text = [], torch.zeros(len(indices), *self.null.shape)
+        for row, index in zip(text, indices):
+            number = np.searchsorted(self.starts, index, "right") - 1
+            shard, index = self.shards[number], index - self.starts[number]
+            begin, end = shard["offsets"][index:index + 2]
+            latents.append(shard["latents"][index])
+            row[:end - begin] = torch.from_numpy(shard["text"][begin:end].astype(np.float32))
+        return torch.from_numpy(np.stack(latents)), text
+
+@lru_cache(maxsize=2)
+def epoch_order(pictures, seed, epoch):
+    """The numbers of all pictures in the order of an epoch."""
+    return np.random.default_rng((seed, epoch)).permutation(pictures)
+
+def batches(pictures, config, first_step, rank, world):
+    """Yield for each step the numbers of this process's pictures. They follow from seed and step
+    alone, so that a resumed run goes on in order, and a batch may reach into the next epoch, so
+    that none is short."""
+    mine = config.batch_size // world
+    for step in range(first_step, config.steps):
+        first = step * config.batch_size + rank * mine
+        yield [int(epoch_order(pictures, config.seed, n // pictures)[n % pictures])
+               for n in range(first, first + mine)]
+
+# --------------------------------------------------------------------------- model and optimizers
+
+def make_model(config, meta):
+    """The network for a cache. Raises Refused where the patches do not fit its latents."""
+    channels, *sides = meta["latent_shape"]
+    if any(side % config.patch_size for side in sides):
+        raise Refused(f"--patch-size {config.patch_size} does not divide latents of {sides}")
+    return PRX(PRXConfig(
+        in_channels=channels, patch_size=config.patch_size, context_in_dim=meta["text_dim"],
+        hidden_size=config.width, mlp_ratio=config.mlp_ratio, num_heads=config.heads,
+        depth=config.depth, axes_dim=(config.width // config.heads // 2,) * 2,
+        bottleneck_size=config.bottleneck or None))
+
+def make_optimizers(network, config):
+    """AdamW, and Muon (kellerjordan.github.io/posts/muon) for the matrices inside the blocks, its
+    updates scaled to the size of AdamW's (arXiv 2502.16982). No weight decay, as in PRX."""
+    groups = [], []
+    for name, p in network.named_parameters():
+        groups[config.optimizer == "muon" and name.startswith("blocks.") and p.ndim == 2].append(p)
+    adamw = torch.optim.AdamW(groups[0], config.lr, (0.9, 0.95), weight_decay=0, fused=True)
+    if not groups[1]:
+        return [adamw]
+    return [adamw, torch.optim.Muon(groups[1], config.muon_lr, weight_decay=0,
+                                    adjust_lr_fn="match_rms_adamw")]
+
+def lr_scale(step, config):
+    """The learning rate's share of its peak: linear warm-up, constant, linear cool-down."""
+    return min(1, (step + 1) / max(config.warmup, 1),
+               (config.steps - step) / max(config.cooldown * config.steps, 1))
+
+# ------------------------------------------------------------------------------------ the training
+
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
+FREE = ("out", "save_every", "sample_every", "micro_batch", "compile", "workers")
+
+def training_inputs(latents, text, cache, config, step, rank):
+    """This process's part of a step's inputs: clean x and noise (B, C, H, W), t (B,) and the text,
+    where some captions are dropped. All that is random is drawn for the whole batch from seed and
+    step alone, so that it is the same for any number of processes, and after a resume."""
+    device, mine = cache.null.device, slice(rank * len(latents), (rank + 1) * len(latents))
+    generator = torch.Generator(device).manual_seed(config.seed * 2 ** 32 + step)
+    shape = config.batch_size, *latents.shape[1:]
+    noise = torch.randn(shape, generator=generator, device=device)[mine]
+    t = sample_timesteps(config.batch_size, config.shift, generator)[mine]
+    drop = torch.rand(config.batch_size, generator=generator, device=device)[mine]
+    x, text = latents.to(device, non_blocking=True), text.to(device, non_blocking=True)
+    x = x / 127.5 - 1 if x.dtype == torch.uint8 else x.float()
+    text = torch.where((drop < config.caption_dropout)[:, None, None], cache.null, text)
+    return (x - cache.mean) / cache.std, noise, t, text
+
+def open_log(path, step):
+    """log.csv to print lines to, without those after a step, which a resumed run writes again."""
+    lines = path.read_text().splitlines()[1:] if path.exists() else []
+    lines = [line for line in lines if int(line.split(",")[0]) <= step]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as file:
+        file.write(b"step,loss,grad_norm,pictures_per_second,seconds\n")
+        file.write("".join(f"{line}\n" for line in lines).encode())
+    return open(path, "a", buffering=1)
+
+def train(config):
+    """Train as the config says, or go on with what is in its folder. Raises Refused where the data
+    are missing, the folder holds a run with other settings, or the loss is not finite."""
+    # processes and data
+    device, bf16 = pick_device()
+    rank, world = int(os.getenv("RANK", 0)), int(os.getenv("WORLD_SIZE", 1))
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.getenv("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    data, out = Path(config.data), Path(config.out)
+    if not (data / "meta.json").exists():
+        if config.data != Config.data:
+            raise Refused(f"there is no cache in {data}; python prepare.py SOURCE --out {data}")
+        prepare(Settings())
+    cache = Cache(data, device)
+    meta = cache.meta
+
+    # network, optimizers, and what a checkpoint has of them
+    torch.manual_seed(config.seed)
+    network = make_model(config, meta).to(device)
+    ema = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
+    optimizers = make_optimizers(network, config)
+    step, seconds, checkpoint = 0, 0.0, out / "ckpt.pt"
+    if checkpoint.exists():
+        try:
+            state = torch.load(checkpoint, map_location=device, weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise Refused(f"{checkpoint} cannot be loaded: {str(error).splitlines()[0]}")
+        refuse_differences(out, state["config"], asdict(config), FREE)
+        step, seconds = state["step"], state["seconds"]
+        network.load_state_dict(state["network"])
+        ema.load_state_dict(state["ema"])
+        for optimizer, kept in zip(optimizers, state["optimizers"]):
+            optimizer.load_state_dict(kept)
+        if step == config.steps:
+            print(f"{out} is finished; sample with: python sample.py --run {out} PROMPT")
+            return
+    if config.compile == "on" or config.compile == "auto" and device.type == "cuda":
+        network.network = torch.compile(network.network)
+    model = torch.nn.parallel.DistributedDataParallel(network) if world > 1 else network
+    autocast = torch.autocast(device.type, torch.bfloat16,
+                              enabled=config.dtype == "bf16" or config.dtype == "auto" and bf16)
+
+    # what is written on the way
+    codec = load_codec(meta["codec"])
+    info = {key: meta[key] for key in ("codec", "text", "tokens", "latent_shape", "mean", "std")}
+    info |= {"predict": config.predict, "shift": config.shift}
+    with open(data / min(meta["shards"]) / "captions.txt", encoding="utf-8") as file:
+        prompts = [line.strip() for line in islice(file, 16)]
+    prompt_text = cache.__getitems__(range(len(prompts)))[1]
+
+    def show():
+        with autocast:
+            pictures = draw(ema.module, codec, info, prompt_text, cache.null, range(len(prompts)))
+        save_png(grid(pictures, prompts, 8), out / "samples" / f"step_{step:06d}.png")
+
+    def save():
+        ema.module.save_pretrained(out / "ema")
+        write_json(out / "ema" / "nanoprx.json", info)
+        with whole_file(checkpoint) as file:
+            torch.save({"config": asdict(config), "step": step, "seconds": seconds,
+                        "network": network.state_dict(), "ema": ema.state_dict(),
+                        "optimizers": [optimizer.state_dict() for optimizer in optimizers]}, file)
+
+    def finish():
+        frames = [Image.open(path) for path in sorted((out / "samples").glob("step_*.png"))]
+        with whole_file(out / "learning.gif") as file:
+            frames[0].save(file, "gif", save_all=True, append_images=frames[1:], duration=400)
+        print(f"{out}: {step:,} steps in {seconds / 60:.1f} minutes")
+        if meta["source"] == "scenes":
+            with autocast:
+                shares = score(ema.module, codec, info, load_text_encoder(meta["text"]))
+            print("prompt accuracy:", ", ".join(f"{k} {v:.1%}" for k, v in shares.items()))
+        print(f'sample with: python sample.py --run {out} "{prompts[0]}"')
+
+    # the loop
+    stopped = []
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, lambda *_: stopped.append(True))
+    loader = torch.utils.data.DataLoader(
+        cache, batch_sampler=batches(len(cache), config, step, rank, world), collate_fn=tuple,
+        num_workers=config.workers * (device.type == "cuda"), pin_memory=device.type == "cuda")
+    peak = next((flops for name, flops in PEAK_FLOPS.items()
+                 if device.type == "cuda" and name in torch.cuda.get_device_name()), None)
+    work = 3 * network.flops(*meta["latent_shape"][1:], meta["tokens"])
+    log = open_log(out / "log.csv", step) if rank == 0 else None
+    bar = tqdm(total=config.steps, initial=step, disable=None if rank == 0 else True)
+    losses, since, before = [], time.perf_counter(), step
+    for latents, text in loader:
+        x, noise, t, text = training_inputs(latents, text, cache, config, step, rank)
+        x_t, losses = add_noise(x, noise, t), losses + [0]
+        micro = config.micro_batch or len(x)
+        for part in (slice(first, first + micro) for first in range(0, len(x), micro)):
+            model.require_backward_grad_sync = part.stop >= len(x)     # of DDP: after the last part
+            with autocast:
+                output = model(x_t[part], t[part], text[part]).float()
+            truth = x[part] if config.predict == "x" else noise[part] - x[part]
+            error = velocity(output, x_t[part], t[part], config.predict) \
+                - velocity(truth, x_t[part], t[part], config.predict)
+            loss = error.square().mean() * len(output) / len(x)
+            loss.backward()
+            losses[-1] += loss.detach()
+        norm = torch.nn.utils.clip_grad_norm_(network.parameters(), config.clip)
+        for optimizer, rate in zip(optimizers, (config.lr, config.muon_lr)):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * lr_scale(step, config)
+            optimizer.step()
+            optimizer.zero_grad()
+        ema.update_parameters(network)
+        step += 1
+        bar.update()
+
+        last, keep = step == config.steps, step % config.save_every == 0
+        look = last or step % config.sample_every == 0
+        if not (last or keep or look or step % 10 == 0 or world == 1 and stopped):
+            continue
+        loss = torch.stack(losses).mean() / world
+        shared = torch.stack((loss, torch.full_like(loss, len(stopped))))
+        if world > 1:                         # told to stop, all stop at the same step
+            dist.all_reduce(shared)
+        loss, stop = shared.tolist()
+        if not math.isfinite(loss + norm.item()):
+            raise Refused(f"the loss is not finite at step {step}: lower --lr and --muon-lr; "
+                          f"what {out} keeps is from before that")
+        took, since = time.perf_counter() - since, time.perf_counter()
+        speed = config.batch_size * (step - before) / took
+        losses, before, seconds = [], step, seconds + took
+        if rank == 0:
+            mfu = {"MFU": f"{speed * work / peak / world:.0%}"} if peak else {}
+            bar.set_postfix({"loss": f"{loss:.4f}", "pictures/s": f"{speed:.0f}", **mfu})
+            print(f"{step},{loss:.5f},{norm.item():.4f},{speed:.1f},{seconds:.1f}", file=log)
+            if look:
+                show()
+            if last or keep or stop:
+                save()
+        if stop:
+            break
+    bar.close()
+    if rank == 0 and step < config.steps:
+        print(f"stopped at step {step} and saved; the same command goes on")
+    elif rank == 0:
+        finish()
+    if world > 1:
+        dist.barrier()                        # while the first process still draws and scores
+        dist.destroy_process_group()
+
+if __name__ == "__main__":
+    run_script(lambda: train(parse_flags(Config, __doc__)))
