@@ -1,11 +1,9 @@
-"""The PRX transformer, the flow it is trained with, and its weights on disk.
+"""The PRX transformer (Photoroom and Hugging Face), the flow it is trained with, and its weights.
 
-What is notable about the model (PRX, Photoroom and Hugging Face, 2025-2026):
 - only image tokens flow through the blocks; each block projects the text to keys and values anew
 - image queries attend to text and image keys in one attention call, RMSNorm on queries and keys
 - positions come from a 2-D rotary embedding of the image tokens; text tokens carry none
-- the timestep steers every block by a shift, a scale and a gate that start at zero (adaLN-zero)
-- the MLP is gated (GELU); large pixel patches go through a bottleneck (JiT, arXiv 2511.13720)
+- the timestep steers every block by a shift, a scale and a gate that start at zero
 - parameters carry the names of diffusers' `PRXTransformer2DModel`: weights go both ways unconverted
 """
 import contextlib
@@ -13,7 +11,6 @@ import json
 import math
 import os
 import struct
-import sys
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
@@ -45,10 +42,10 @@ class PRXConfig:
 
     def __post_init__(self):
         self.axes_dim = tuple(self.axes_dim or (32, 32))
-        even = len(self.axes_dim) == 2 and not any(dim % 2 for dim in self.axes_dim)
-        if not even or sum(self.axes_dim) * self.num_heads != self.hidden_size:
-            raise Refused(f"{self.num_heads} heads of axes_dim {self.axes_dim}, two even numbers, "
-                          f"do not make a hidden size of {self.hidden_size}")
+        if [dim % 2 for dim in self.axes_dim] != [0, 0] \
+                or sum(self.axes_dim) * self.num_heads != self.hidden_size:
+            raise Refused(f"{self.num_heads} heads of two even axes_dim, {self.axes_dim}, do not "
+                          f"make a hidden size of {self.hidden_size}")
 
 @lru_cache(maxsize=8)
 def rope_table(rows, columns, axes_dim, theta, device):
@@ -81,7 +78,6 @@ def modulate(x, shift, scale):
 
 class Attention(nn.Module):
     """Image queries over text and image keys, in diffusers' `PRXAttention` names."""
-
     def __init__(self, config):
         super().__init__()
         width, self.heads = config.hidden_size, config.num_heads
@@ -110,7 +106,6 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Attention and a gated MLP over the image tokens (B, L, D). A shift, scale and gate for each
     come from the timestep's vector (B, D) (DiT's adaLN-zero, arXiv 2212.09748)."""
-
     def __init__(self, config):
         super().__init__()
         width, inner = config.hidden_size, int(config.hidden_size * config.mlp_ratio)
@@ -131,13 +126,12 @@ class Block(nn.Module):
 
 class PRX(nn.Module):
     """The PRX transformer: noisy latents, timestep and text in, clean latents or velocity out."""
-
     def __init__(self, config):
         super().__init__()
         self.config = config
         patch_dim, width = config.in_channels * config.patch_size ** 2, config.hidden_size
         inner = config.bottleneck_size
-        self.img_in = nn.Linear(patch_dim, width) if not inner else nn.Sequential(
+        self.img_in = nn.Linear(patch_dim, width) if not inner else nn.Sequential(    # as JiT has it
             nn.Linear(patch_dim, inner), nn.Linear(inner, width))
         self.time_in = nn.ModuleDict({"in_layer": nn.Linear(256, width),
                                       "out_layer": nn.Linear(width, width)})
@@ -161,11 +155,10 @@ class PRX(nn.Module):
             raise Refused(f"a patch of {patch} does not divide latents of {height} x {width}")
         grid = height // patch, width // patch
         rope = rope_table(*grid, self.config.axes_dim, self.config.theta, x.device)
-        return self.network(x, t, text, mask, grid, rope)
+        return self.network(x, t, text, mask, patch, grid, rope)
 
-    def network(self, x, t, text, mask, grid, rope):
+    def network(self, x, t, text, mask, patch, grid, rope):
         """The part of `forward` that `torch.compile` is given."""
-        patch = self.config.patch_size
         if mask is not None:                                  # text keys, then image keys
             mask = F.pad(mask.bool(), (0, grid[0] * grid[1]), value=True)[:, None, None]
         x = x.unflatten(2, (grid[0], patch)).unflatten(4, (grid[1], patch))     # (B, C, h, p, w, p)
@@ -181,9 +174,8 @@ class PRX(nn.Module):
         return x.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)             # (B, C, H, W)
 
     def flops(self, height, width, text_tokens):
-        """Floating-point operations in the matrix products of one picture's forward pass, latents
-        height x width; a training step takes three times that. What works on one vector a picture
-        (timestep, modulation) is left out."""
+        """Floating-point operations in the matrix products over tokens of one picture's forward
+        pass, latents height x width; a training step takes three times that."""
         tokens = height * width // self.config.patch_size ** 2
         total = 4 * self.config.depth * tokens * (tokens + text_tokens) * self.config.hidden_size
         for name, weight in self.named_parameters():
@@ -236,25 +228,14 @@ def add_noise(x, noise, t):
     return torch.lerp(x, noise, t[:, None, None, None])
 
 def velocity(output, x_t, t, predict):
-    """The velocity that the model's output at x_t (B, C, H, W) and t (B,) stands for: itself if the
-    model predicts "v", else derived from the clean picture that it predicts ("x", JiT,
-    arXiv 2511.13720). The clamp keeps small errors near t = 0 from counting without bound; JiT and
-    PRX have the same 0.05."""
+    """The velocity that an output at x_t (B, C, H, W) and t (B,) stands for: itself where "v" is
+    predicted, else derived from the clean picture ("x", JiT, arXiv 2511.13720). The clamp keeps
+    small errors near t = 0 from counting without bound; JiT and PRX have the same 0.05."""
     if predict == "v":
         return output
     return (x_t - output) / t.clamp(min=0.05)[:, None, None, None]
 
 # ----------------------------------------------------------------------------- files, whole or not
-
-def run_script(main):
-    """Run a script's main. Bad input and failing disks end in one sentence and exit code 1."""
-    name = Path(sys.argv[0]).name
-    try:
-        main()
-    except (Refused, OSError) as error:
-        sys.exit(f"{name}: {error}")
-    except KeyboardInterrupt:
-        sys.exit(f"{name}: stopped; the same command again continues")
 
 @contextlib.contextmanager
 def whole_file(path):
@@ -277,11 +258,8 @@ def write_json(path, value):
 def read_json(path):
     """The object in a JSON file. Raises Refused where it is missing or broken."""
     try:
-        value = json.loads(Path(path).read_bytes())
-        if isinstance(value, dict):
-            return value
-        raise ValueError("it does not hold an object")
-    except (OSError, ValueError, RecursionError) as error:
+        return dict(json.loads(Path(path).read_bytes()).items())
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise Refused(f"{path} cannot be used: {error}")
 
 def fetch(source, *patterns):
@@ -293,8 +271,7 @@ def fetch(source, *patterns):
     try:
         return Path(snapshot_download(str(source), allow_patterns=patterns))
     except (errors.HFValidationError, errors.LocalEntryNotFoundError, errors.HfHubHTTPError) as e:
-        reason = str(e).split("\n")[0]
-        raise Refused(f"{source} is no folder here, and the Hub does not give it: {reason}")
+        raise Refused(f"{source} is no folder here, nor given by the Hub: {str(e).splitlines()[0]}")
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,

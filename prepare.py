@@ -1,8 +1,7 @@
 """Pictures and captions in, a cache of latents and text embeddings out.
 
     python prepare.py                                          # 20,000 scenes into data/scenes
-    python prepare.py photos/ --out data/photos --size 64      # a folder of pictures
-    python prepare.py shards/ --out data/shards --size 256     # a folder of WebDataset tars
+    python prepare.py photos/ --out data/photos --size 64      # a folder of pictures, or of tars
 
 A caption stands beside its picture under the same name, in a .txt or in a .json (as `prompt`,
 `caption` or `text`), or in a metadata.jsonl or metadata.csv (as `file_name` and `text`).
@@ -23,26 +22,24 @@ import csv
 import hashlib
 import inspect
 import io
-import itertools
 import json
-import math
 import os
 import re
 import shutil
 import tarfile
-import zlib
 from collections import Counter, namedtuple
-from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageOps
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from model import Refused, read_json, run_script, write_json
+from model import Refused, read_json, write_json
 
 # --------------------------------------------------------------------- the built-in world: scenes
 # Coloured shapes on a coloured ground. Since the scene behind a prompt is known, a picture can be
@@ -77,7 +74,7 @@ def random_scene(rng, split="train"):
             shape = rng.choice(SHAPES).item()
             things.append(Thing(colour, shape, place, x, y, rng.uniform(0.14, 0.17)))
         scene = Scene(ground, things)
-        held_out = zlib.crc32(caption(scene).encode()) % 8 == 0
+        held_out = hashlib.md5(caption(scene).encode()).digest()[0] % 8 == 0
         composition = any(thing[:2] in NEVER_TRAINED for thing in things)
         if split == ("composition" if composition else "held-out" if held_out else "train"):
             return scene
@@ -116,7 +113,7 @@ def render(scene, size):
 
 def read_scene(picture):
     """Read the scene back from a picture (size, size, 3) uint8, knowing nothing of the prompt.
-    Returns it, and whether drawing it gives that picture again, but for 2% of the pixels."""
+    Returns it, and whether drawing it gives that picture again, but for 1% of the pixels."""
     def colour_of(pixels):
         median = np.median(pixels.reshape(-1, 3), axis=0)
         return min(COLOURS, key=lambda name: np.linalg.norm(median - COLOURS[name])), median
@@ -140,7 +137,7 @@ def read_scene(picture):
         things.append(min(fits, key=lambda thing: np.abs(alpha - coverage(thing, size)).sum()))
         rest &= ~near[place]
     scene = Scene(ground, things)
-    return scene, (np.linalg.norm(picture - render(scene, size), axis=-1) > 70).mean() < 0.02
+    return scene, (np.linalg.norm(picture - render(scene, size), axis=-1) > 110).mean() < 0.01
 
 def judge(picture, scene):
     """What of a scene a picture (size, size, 3) uint8 shows rightly: a dict of attributes."""
@@ -167,13 +164,17 @@ ENDINGS = {ending for ending, kind in Image.registered_extensions().items() if k
 MAX_PIXELS = 100_000_000
 Image.MAX_IMAGE_PIXELS = None                    # Pillow only warns at first; load_picture refuses
 
+def read(path, offset, length):
+    """The bytes in a stretch of a file."""
+    with open(path, "rb") as file:
+        file.seek(offset)
+        return file.read(length)
+
 def load_picture(path, offset, length):
     """The picture in a stretch of a file: RGB, upright, and on white where it is transparent."""
     try:
-        with open(path, "rb") as file:
-            file.seek(offset)
-            picture = Image.open(io.BytesIO(file.read(length)))
-        if math.prod(picture.size) > MAX_PIXELS:
+        picture = Image.open(io.BytesIO(read(path, offset, length)))
+        if picture.width * picture.height > MAX_PIXELS:
             raise Refused(f"more than {MAX_PIXELS:,} pixels")
         picture = ImageOps.exif_transpose(picture)
         if picture.mode.startswith("I"):                                      # 16 bits of grey
@@ -204,14 +205,14 @@ def list_files(source):
         print(f"{source} is read only up to a point: {error}")
 
 def read_captions(stem, name, text):
-    """The captions, by stem or by name of the picture, in the text of a file beside it."""
+    """The captions, by the picture's stem or name, in the text of a file beside the pictures."""
     if name.endswith(".txt"):
         return {stem: text}
     if name.endswith(".json"):
         found = json.loads(text)
         return {stem: found[key] for key in ("text", "caption", "prompt") if found.get(key)}
-    rows = csv.DictReader(text.splitlines()) if name.endswith(".csv") else \
-        map(json.loads, text.splitlines())
+    lines = text.splitlines()
+    rows = csv.DictReader(lines) if name.endswith(".csv") else map(json.loads, lines)
     return {os.path.join(os.path.dirname(name), row["file_name"]): row["text"] for row in rows}
 
 def list_items(source):
@@ -221,11 +222,9 @@ def list_items(source):
         if Path(name.lower()).suffix in ENDINGS:
             pictures.append((stem, name, partial(load_picture, path, offset, length)))
         elif name.endswith((".txt", ".json", "metadata.jsonl", "metadata.csv")):
-            with open(path, "rb") as file:
-                file.seek(offset)
-                data = file.read(length)
             with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError, csv.Error):
-                captions |= read_captions(stem, name, data.decode("utf-8-sig"))
+                text = read(path, offset, length).decode("utf-8-sig")
+                captions |= read_captions(stem, name, text)
     return [(name, str(captions.get(name) or captions.get(stem, "")), load)
             for stem, name, load in pictures]
 
@@ -239,7 +238,7 @@ def list_parts(source, size=32, short=False):
     """The parts of a source, each a function that gives its items. A source is "scenes" (which
     have no end), a folder of pictures, a tar or a folder of tars. Raises Refused."""
     if source == "scenes":
-        return (partial(list_scenes, first, size, short) for first in itertools.count(0, PART))
+        return (partial(list_scenes, first, size, short) for first in range(0, 10 ** 12, PART))
     path = Path(source)
     if tars := [path] if path.is_file() else sorted(path.glob("*.tar")):
         return [partial(list_items, tar) for tar in tars]
@@ -248,9 +247,9 @@ def list_parts(source, size=32, short=False):
                 for first in range(0, len(items), PART)]
     raise Refused(f"{source} is neither a tar file nor a folder with pictures or tar files in it")
 
-def load_squares(items, size, min_size=0):
-    """A batch of items as (name, caption, picture (size, size, 3) uint8), or (name, reason, None)
-    where there is something wrong. Runs in a DataLoader's workers."""
+def load_squares(items, size, min_size):
+    """A batch of items as (name, caption, picture (size, size, 3) uint8), or (name, reason, None).
+    Runs in a DataLoader's workers."""
     batch = []
     for name, text, load in items:
         try:
@@ -297,21 +296,17 @@ class Words:
     """Text embeddings that need no download. A word is a random vector seeded by its own spelling
     (the hashing trick, arXiv 0902.2206); a token is a word beside its left and right neighbours, so
     that "red circle" is not "circle red". The empty caption has no tokens."""
-    width = 32
-    dim = 3 * width
-
-    def vector(self, word):
-        """The vector of a word, uniform numbers of mean 0 and variance 1; zeros for no word."""
-        numbers = np.frombuffer(hashlib.shake_256(word.encode()).digest(self.width), np.uint8)
-        return (numbers / 127.5 - 1).astype(np.float32) * (3 ** 0.5 if word else 0)
+    dim = 3 * 32
 
     def __call__(self, captions):
         """A list of captions to a list of (L_i, dim) float32 tensors."""
-        vectors, embeddings = {}, []
+        embeddings = []
         for text in captions:
-            words = ["", *re.findall(r"\w+", text.lower()), ""]
-            vectors |= {word: self.vector(word) for word in set(words) - vectors.keys()}
-            rows = np.stack([vectors[word] for word in words])
+            words = re.findall(r"\w+", text.lower())
+            rows = np.zeros((len(words) + 2, 32), np.float32)             # no word at either end
+            for row, word in zip(rows[1:], words):       # uniform numbers, mean 0 and variance 1
+                numbers = np.frombuffer(hashlib.shake_256(word.encode()).digest(32), np.uint8)
+                row[:] = (numbers / 127.5 - 1) * 3 ** 0.5
             rows = np.concatenate((rows[1:-1], rows[:-2], rows[2:]), axis=1)
             embeddings.append(torch.from_numpy(rows))
         return embeddings
@@ -329,121 +324,107 @@ def pad(embeddings, tokens):
         row[:len(embedding)] = embedding[:tokens]
     return padded
 
-# -------------------------------------------------------------------------------- flags and cache
+# -------------------------------------------------------------------------- the command line
 
-def number(kind, low, high=math.inf):
+def number(kind, low, high=float("inf")):
     """A type for flags: int or float, from low to high."""
     def parse(text):
-        if low <= kind(text) <= high:
-            return kind(text)
-        raise ValueError
+        if not low <= kind(text) <= high:
+            raise ValueError
+        return kind(text)
     parse.__name__ = f"{kind.__name__} from {low} to {high}"                # for argparse's errors
     return parse
 
 count, natural, positive, share = (
     number(int, 1), number(int, 0), number(float, 1e-12), number(float, 0, 1))
 
-def parse_flags(settings, description, **positional):
-    """The dataclass `settings` filled from the command line. Each field is a flag, and the comment
-    behind it the help; `positional` gives the nargs of those that are no flags. What is wrong, also
-    by the dataclass's own word, ends in a sentence and exit code 2."""
+def run_script(settings, description, run=lambda done: done, **nargs):
+    """Call `settings`, a function or dataclass each argument of which is a flag with the comment
+    behind it for help (or none, if it is in nargs), and then run what it gives. What goes wrong
+    ends in a sentence: exit code 2 for what is asked, 1 for what the disk refuses."""
     parser = argparse.ArgumentParser(usage="%(prog)s [flags]; --help tells them all",
                                      description=description,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     comments = dict(re.findall(r"(?m)^    (\w+):[^#\n]*# +(.*)$", inspect.getsource(settings)))
-    for field in fields(settings):
-        how = {"type": field.type}
-        if field.type is bool:
+    for name, flag in inspect.signature(settings).parameters.items():
+        how = {"type": flag.annotation}
+        if flag.annotation is bool:
             how = {"action": "store_true"}
-        elif get_args(field.type):                                     # Literal["one", "other"]
-            how = {"choices": get_args(field.type)}
-        name = "--" + field.name.replace("_", "-")
-        if field.name in positional:
-            name, how["nargs"] = field.name, positional[field.name]
-        parser.add_argument(name, default=field.default, **how,
-                            help=f"{comments[field.name]} (default: %(default)r)")
+        elif get_args(flag.annotation):                                 # Literal["one", "other"]
+            how = {"choices": get_args(flag.annotation)}
+        if name in nargs:
+            how["nargs"] = nargs[name]
+        parser.add_argument(name if name in nargs else "--" + name.replace("_", "-"), **how,
+                            default=flag.default, help=f"{comments[name]} (default: %(default)r)")
     try:
-        return settings(**vars(parser.parse_args()))
+        run(settings(**vars(parser.parse_args())))
     except Refused as error:
-        parser.error(str(error))
+        parser.exit(2, f"{parser.prog}: {error}\n")
+    except OSError as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(1, f"{parser.prog}: stopped; the same command goes on\n")
 
-@dataclass
-class Settings:
-    """What a cache is made of. Each field is a flag, and its comment the help."""
-    source: str = "scenes"       # scenes, a folder of pictures or of tars, or a tar
-    out: str = ""                # folder of the cache; "": data/ and the source's name
-    size: natural = 0            # side of the square pictures in pixels; 0: 32 for scenes, else 256
-    limit: natural = 0           # look at no more pictures; 0: 20,000 scenes, or all there are
-    codec: str = "pixels"        # what makes latents of pictures: pixels
-    text: str = "words"          # what makes embeddings of captions: words
-    max_tokens: count = 64       # where captions are cut
-    captions: Literal["long", "short"] = "long"    # how scenes are told
-    min_size: natural = 0        # leave out pictures with a shorter side; 0: half of size
-    workers: natural = os.cpu_count()              # processes that decode pictures
+# -------------------------------------------------------------------------------------- the cache
 
-    def __post_init__(self):
-        scenes = self.source == "scenes"
-        self.out = self.out or f"data/{Path(self.source).stem}"
-        self.size = self.size or (32 if scenes else 256)
-        self.limit = self.limit or (20_000 if scenes else 10 ** 9)
-        self.min_size = self.min_size or self.size // 2
-        self.workers *= not scenes
-        if self.captions == "short" and not scenes:
-            raise Refused("--captions short is for scenes; other pictures have what they have")
+def prepare(
+    source: str = "scenes",      # scenes, a folder of pictures or of tars, or a tar
+    out: str = "",               # folder of the cache; "": data/ and the source's name
+    size: natural = 0,           # side of the square pictures in pixels; 0: 32 for scenes, else 256
+    limit: natural = 0,          # look at no more pictures; 0: 20,000 scenes, or all there are
+    codec: str = "pixels",       # what makes latents of pictures: pixels
+    text: str = "words",         # what makes embeddings of captions: words
+    max_tokens: count = 64,      # where captions are cut
+    captions: Literal["long", "short"] = "long",   # how scenes are told
+    min_size: natural = 0,       # leave out pictures with a shorter side; 0: half of size
+    workers: natural = os.cpu_count(),             # processes that decode pictures
+):
+    """Write a cache, or go on with one. Under torchrun each process takes its share of the parts
+    and of the limit. Raises Refused where nothing can be used, or where the cache was begun with
+    other settings."""
+    scenes, out = source == "scenes", Path(out or f"data/{Path(source).stem}")
+    size, limit = size or (32 if scenes else 256), limit or (20_000 if scenes else 10 ** 9)
+    settings = {"source": source, "size": size, "limit": limit, "codec": codec, "text": text,
+                "max_tokens": max_tokens, "captions": captions, "min_size": min_size or size // 2}
+    if (out / "settings.json").exists():
+        refuse_differences(out, read_json(out / "settings.json"), settings)
+    if (out / "meta.json").exists():
+        print(f"{out} is complete")
+        return
+    codec, encode_text = load_codec(codec), load_text_encoder(text)
+    if captions == "short" and not scenes:
+        raise Refused("--captions short is for scenes; other pictures have what they have")
+    if size % codec.factor:
+        raise Refused(f"--size {size} is not a multiple of {codec.factor}, the codec's factor")
+    parts = list_parts(source, size, captions == "short")
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "settings.json", settings)
 
-def write_npy_header(file, dtype, shape):
-    """Begin a .npy file, or correct its count of rows: NumPy leaves room in the header for any."""
-    file.seek(0)
-    np.lib.format.write_array_header_1_0(
-        file, {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape})
+    rank, world = int(os.getenv("RANK", 0)), int(os.getenv("WORLD_SIZE", 1))
+    left = limit // world + (rank < limit % world)
+    bar = tqdm(unit=" pictures", desc=str(out), total=left if left < 10 ** 8 else None,
+               disable=None if rank == 0 else True)
+    for number, part in enumerate(parts):
+        if number % world == rank and left > 0:
+            folder = out / f"shard-{number:05d}"
+            if not folder.exists():
+                write_shard(folder, part()[:left], settings, codec, encode_text,
+                            0 if scenes else workers, bar)
+            left -= read_json(folder / "shard.json")["seen"]
+        if left <= 0:
+            break
+    bar.close()
+    if world > 1:
+        if not dist.is_initialized():
+            dist.init_process_group("gloo")
+        dist.barrier()
+    if rank == 0:
+        finish(out, settings, codec, encode_text)
+    if world > 1:
+        dist.barrier()
 
-def write_shard(folder, items, settings, codec, encode_text, bar):
-    """Encode items into the folder of a shard, which gets its name when it is whole."""
-    unfinished, side = folder.with_suffix(".partial"), settings.size // codec.factor
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
-    offsets, report, sums = [0], Counter(), np.zeros((2, codec.channels))
-    batches = torch.utils.data.DataLoader(
-        items, batch_size=64, num_workers=settings.workers,
-        collate_fn=partial(load_squares, size=settings.size, min_size=settings.min_size))
-    with open(unfinished / "latents.npy", "wb") as latents_file, \
-            open(unfinished / "text.npy", "wb") as text_file, \
-            open(unfinished / "captions.txt", "w", encoding="utf-8") as captions_file:
-        write_npy_header(latents_file, codec.dtype, (0, codec.channels, side, side))
-        write_npy_header(text_file, "float16", (0, encode_text.dim))
-        for batch in batches:
-            bar.update(len(batch))
-            for name, reason, picture in batch:
-                if picture is None:
-                    report[reason] += 1
-                    if report[reason] <= 3:
-                        bar.write(f"left out {name}: {reason}")
-            captions = [text for _, text, picture in batch if picture is not None]
-            if not captions:
-                continue
-            pictures = np.stack([picture for *_, picture in batch if picture is not None])
-            images = torch.from_numpy(pictures).permute(0, 3, 1, 2) / 127.5 - 1
-            latents = codec.encode(images).double().cpu().numpy()
-            sums += latents.sum((0, 2, 3)), np.square(latents).sum((0, 2, 3))
-            if codec.dtype == "uint8":
-                latents = ((latents + 1) * 127.5).round()
-            latents_file.write(latents.astype(codec.dtype).tobytes())
-            for tokens in encode_text(captions):
-                report["caption cut"] += len(tokens) > settings.max_tokens
-                tokens = tokens[:settings.max_tokens]
-                text_file.write(tokens.half().cpu().numpy().tobytes())
-                offsets.append(offsets[-1] + len(tokens))
-            captions_file.writelines(f"{text}\n" for text in captions)
-        write_npy_header(latents_file, codec.dtype, (len(offsets) - 1, codec.channels, side, side))
-        write_npy_header(text_file, "float16", (offsets[-1], encode_text.dim))
-    np.save(unfinished / "offsets.npy", np.array(offsets))
-    write_json(unfinished / "shard.json", {"count": len(offsets) - 1, "seen": len(items),
-                                           "sums": sums.tolist(), "report": report})
-    unfinished.rename(folder)
-
-def refuse_differences(folder, old, new, free):
-    """Raise Refused with what differs between a folder's settings and new ones, but for the free
-    ones, if anything does."""
+def refuse_differences(folder, old, new, free=()):
+    """Raise Refused if a folder's settings and new ones differ in others than the free ones."""
     differ = [f"{key} was {old.get(key)!r} and is now {new.get(key)!r}"
               for key in sorted(old.keys() | new.keys())
               if key not in free and old.get(key) != new.get(key)]
@@ -451,41 +432,52 @@ def refuse_differences(folder, old, new, free):
         raise Refused(f"{folder} was made with other settings: {'; '.join(differ)}. Give those, "
                       "choose another --out, or delete the folder")
 
-def prepare(settings):
-    """Write a cache, or go on with one, and return its `meta.json`. Under torchrun each process
-    takes its share of the parts and of the limit. Raises Refused where nothing can be used, or
-    where the cache was begun with other settings."""
-    out, wanted = Path(settings.out), asdict(settings)
-    rank, world = int(os.getenv("RANK", 0)), int(os.getenv("WORLD_SIZE", 1))
-    if (out / "settings.json").exists():
-        refuse_differences(out, read_json(out / "settings.json"), wanted, ("out", "workers"))
-    if (out / "meta.json").exists():
-        print(f"{out} is complete")
-        return
-    codec, encode_text = load_codec(settings.codec), load_text_encoder(settings.text)
-    parts = list_parts(settings.source, settings.size, settings.captions == "short")
-    if settings.size % codec.factor:
-        raise Refused(f"--size {settings.size} is not a multiple of {codec.factor}, the codec's")
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "settings.json", wanted)
-    left = settings.limit // world + (rank < settings.limit % world)
-    bar = tqdm(unit=" pictures", desc=str(out), disable=None if rank == 0 else True,
-               total=left if left < 10 ** 8 else None)
-    for number, part in enumerate(parts):
-        if number % world == rank and left > 0:
-            folder = out / f"shard-{number:05d}"
-            if not folder.exists():
-                write_shard(folder, part()[:left], settings, codec, encode_text, bar)
-            left -= read_json(folder / "shard.json")["seen"]
-        if left <= 0:
-            break
-    bar.close()
-    if world > 1:
-        torch.distributed.barrier()
-    if rank == 0:
-        finish(out, settings, codec, encode_text)
-    if world > 1:
-        torch.distributed.barrier()
+def write_npy_header(file, dtype, *shape):
+    """Begin a .npy file, or correct its count of rows: NumPy leaves room in the header for any."""
+    file.seek(0)
+    np.lib.format.write_array_header_1_0(
+        file, {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape})
+
+def write_shard(folder, items, settings, codec, encode_text, workers, bar):
+    """Encode items into the folder of a shard, which gets its name when it is whole."""
+    unfinished, side = folder.with_suffix(".partial"), settings["size"] // codec.factor
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir()
+    offsets, report, sums = [0], Counter(), np.zeros((2, codec.channels))
+    collate = partial(load_squares, size=settings["size"], min_size=settings["min_size"])
+    with open(unfinished / "latents.npy", "wb") as latents_file, \
+            open(unfinished / "text.npy", "wb") as text_file, \
+            open(unfinished / "captions.txt", "w", encoding="utf-8") as captions_file:
+        write_npy_header(latents_file, codec.dtype, 0, codec.channels, side, side)
+        write_npy_header(text_file, "float16", 0, encode_text.dim)
+        for batch in DataLoader(items, 64, num_workers=workers, collate_fn=collate):
+            bar.update(len(batch))
+            for name, reason, _ in (item for item in batch if item[2] is None):
+                report[reason] += 1
+                if report[reason] <= 3:
+                    bar.write(f"left out {name}: {reason}")
+            batch = [item for item in batch if item[2] is not None]
+            if not batch:
+                continue
+            _, captions, pictures = zip(*batch)
+            images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 127.5 - 1
+            latents = codec.encode(images).double().cpu().numpy()
+            sums += latents.sum((0, 2, 3)), np.square(latents).sum((0, 2, 3))
+            if codec.dtype == "uint8":
+                latents = ((latents + 1) * 127.5).round()
+            latents_file.write(latents.astype(codec.dtype).tobytes())
+            for tokens in encode_text(captions):
+                report["caption cut"] += len(tokens) > settings["max_tokens"]
+                tokens = tokens[:settings["max_tokens"]]
+                text_file.write(tokens.half().cpu().numpy().tobytes())
+                offsets.append(offsets[-1] + len(tokens))
+            captions_file.writelines(f"{text}\n" for text in captions)
+        write_npy_header(latents_file, codec.dtype, len(offsets) - 1, codec.channels, side, side)
+        write_npy_header(text_file, "float16", offsets[-1], encode_text.dim)
+    np.save(unfinished / "offsets.npy", np.array(offsets))
+    write_json(unfinished / "shard.json", {"count": len(offsets) - 1, "seen": len(items),
+                                           "sums": sums.tolist(), "report": report})
+    unfinished.rename(folder)
 
 def finish(out, settings, codec, encode_text):
     """Write `meta.json` from what the shards say of themselves, and report what was left out."""
@@ -493,28 +485,19 @@ def finish(out, settings, codec, encode_text):
     shards = [read_json(folder / "shard.json") for folder in folders]
     for reason, times in sum((Counter(shard["report"]) for shard in shards), Counter()).items():
         print(f"{times:,} times: {reason}")
-    total, side = sum(shard["count"] for shard in shards), settings.size // codec.factor
+    total, side = sum(shard["count"] for shard in shards), settings["size"] // codec.factor
     if not total:
         shutil.rmtree(out)
-        raise Refused(f"no picture in {settings.source} can be used")
+        raise Refused(f"no picture in {settings['source']} can be used")
     mean, squares = sum(np.array(shard["sums"]) for shard in shards) / (total * side ** 2)
     tokens = [np.diff(np.load(folder / "offsets.npy")).max(initial=0) for folder in folders]
     np.save(out / "null.npy", encode_text([""])[0].half().cpu().numpy())
     write_json(out / "meta.json", {
-        "source": settings.source, "size": settings.size, "codec": settings.codec,
-        "text": settings.text, "text_dim": encode_text.dim, "tokens": int(max(tokens)),
-        "count": total, "shards": {f.name: s["count"] for f, s in zip(folders, shards)},
+        **settings, "count": total, "shards": {f.name: s["count"] for f, s in zip(folders, shards)},
         "latent_shape": [codec.channels, side, side], "dtype": codec.dtype,
-        "mean": mean.tolist(), "std": np.sqrt((squares - mean ** 2).clip(1e-6)).tolist()})
+        "mean": mean.tolist(), "std": np.sqrt((squares - mean ** 2).clip(1e-6)).tolist(),
+        "text_dim": encode_text.dim, "tokens": int(max(tokens))})
     print(f"{out} holds {total:,} pictures")
 
-def main():
-    settings = parse_flags(Settings, __doc__, source="?")
-    if int(os.getenv("WORLD_SIZE", 1)) > 1:
-        torch.distributed.init_process_group("gloo")
-    prepare(settings)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
 if __name__ == "__main__":
-    run_script(main)
+    run_script(prepare, __doc__, source="?")

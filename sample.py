@@ -5,37 +5,17 @@
     python sample.py --score                             # the prompt accuracy on held-out scenes
 """
 import textwrap
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from model import (PRX, Refused, fetch, read_json, run_script, shift_time, velocity, whole_file)
+from model import PRX, Refused, fetch, read_json, shift_time, velocity, whole_file
 from prepare import (caption, count, judge, load_codec, load_text_encoder, natural, pad,
-                     parse_flags, random_scene)
+                     random_scene, run_script)
 
-@dataclass
-class Settings:
-    """What to draw. Each field is a flag, and its comment the help."""
-    prompts: str = ()             # what to draw
-    file: str = ""                # more prompts, one a line
-    run: str = "out/scenes"       # folder of a run, or a Hub repository
-    out: str = "sample.png"       # one picture with all of them, or a folder for single files
-    n: count = 1                  # pictures for each prompt
-    steps: count = 20             # Euler steps
-    guidance: float = 3.0         # guidance scale; 1 is none
-    seed: natural = 0             # of the first picture of each prompt, the next has seed + 1
-    score: bool = False           # report the prompt accuracy on 512 held-out scenes instead
-
-    def __post_init__(self):
-        if self.file and not Path(self.file).is_file():
-            raise Refused(f"--file {self.file} does not exist")
-        if not (self.prompts or self.file or self.score):
-            raise Refused("give a prompt, --file or --score")
-
-def generate(model, text, null, noise, steps=20, guidance=3.0, predict="x", shift=1.0):
+def generate(model, text, null, noise, steps=20, guidance=2.0, predict="x", shift=1.0):
     """Latents for text (B, L, D): follow the velocity from noise (B, C, H, W) with Euler steps.
     The guidance scale leads away from what null (L, D), the empty caption, would give
     (classifier-free guidance, arXiv 2207.12598); one pass computes both."""
@@ -49,7 +29,7 @@ def generate(model, text, null, noise, steps=20, guidance=3.0, predict="x", shif
     return x
 
 @torch.no_grad()
-def draw(model, codec, info, text, null, seeds, steps=20, guidance=3.0):
+def draw(model, codec, info, text, null, seeds, steps=20, guidance=2.0):
     """Pictures (B, H, W, 3) uint8 for text (B, L, D). Each begins with the noise of its own seed,
     so that it is the same whatever else is drawn; `info` is what a run's nanoprx.json holds."""
     device, pictures = next(model.parameters()).device, []
@@ -64,7 +44,7 @@ def draw(model, codec, info, text, null, seeds, steps=20, guidance=3.0):
         pictures.append(((images + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy())
     return np.concatenate(pictures)
 
-def score(model, codec, info, encode_text, steps=20, guidance=3.0):
+def score(model, codec, info, encode_text, steps=20, guidance=2.0):
     """The share of 512 fixed scenes, never trained on, that are drawn as prompted: "all" of the
     scene, each attribute, and all of those scenes ("composition", an eighth, about as many as come
     by chance) whose colour and shape were never trained together."""
@@ -78,8 +58,10 @@ def score(model, codec, info, encode_text, steps=20, guidance=3.0):
     return {"all": np.mean(passed), "composition": np.mean(passed[::8]),
             **{name: np.mean([verdict[name] for verdict in verdicts]) for name in verdicts[0]}}
 
+prompt_accuracy = score           # `sample` has a flag of that name
+
 def grid(pictures, prompts, columns):
-    """A PIL picture of pictures (N, H, W, 3), small ones enlarged, each above its prompt."""
+    """A PIL picture of pictures (N, H, W, 3) uint8, small ones enlarged, each above its prompt."""
     height, width = pictures.shape[1:3]
     scale = -(-128 // width)
     lines = ["\n".join(textwrap.wrap(prompt, width * scale // 6)[:4]) for prompt in prompts]
@@ -109,35 +91,45 @@ def pick_device():
     bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.device("cpu"), bf16
 
-def main():
-    settings = parse_flags(Settings, __doc__, prompts="*")
-    folder = fetch(settings.run, "*.json", "*.safetensors")
+def sample(
+    prompts: str = (),            # what to draw
+    file: str = "",               # more prompts, one a line
+    run: str = "out/scenes",      # folder of a run, or a Hub repository
+    out: str = "sample.png",      # one picture with all of them, or a folder for single files
+    n: count = 1,                 # pictures for each prompt
+    steps: count = 20,            # Euler steps
+    guidance: float = 2.0,        # guidance scale; 1 is none
+    seed: natural = 0,            # of the first picture of each prompt, the next has seed + 1
+    score: bool = False,          # report the prompt accuracy on 512 held-out scenes instead
+):
+    """Draw the prompts with a trained model, or score it. Raises Refused where the run is none."""
+    prompts = list(prompts)
+    if file:
+        prompts += filter(None, Path(file).read_text("utf-8").splitlines())
+    if not prompts and not score:
+        raise Refused("give a prompt, --file or --score")
+    folder = fetch(run, "*.json", "*.safetensors")
     folder = folder / "ema" if (folder / "ema").is_dir() else folder
     info = read_json(folder / "nanoprx.json")
     device, bf16 = pick_device()
     model = PRX.from_pretrained(folder).to(device).eval()
     codec, encode_text = load_codec(info["codec"]), load_text_encoder(info["text"])
-    how = {"steps": settings.steps, "guidance": settings.guidance}
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        if settings.score:
-            for name, share in score(model, codec, info, encode_text, **how).items():
-                print(f"{name:12}{share:7.1%}")
+        if score:
+            shares = prompt_accuracy(model, codec, info, encode_text, steps, guidance)
+            print(*(f"{name:12}{share:7.1%}" for name, share in shares.items()), sep="\n")
             return
-        prompts = list(settings.prompts)
-        if settings.file:
-            prompts += filter(None, Path(settings.file).read_text("utf-8").splitlines())
-        prompts = [prompt for prompt in prompts for _ in range(settings.n)]
-        seeds = [settings.seed + number % settings.n for number in range(len(prompts))]
+        prompts = [prompt for prompt in prompts for _ in range(n)]
+        seeds = [seed + number % n for number in range(len(prompts))]
         text, null = (pad(encode_text(some), info["tokens"]) for some in (prompts, [""]))
-        pictures = draw(model, codec, info, text, null[0], seeds, **how)
-    out, columns = Path(settings.out), settings.n if settings.n > 1 else min(len(prompts), 8)
-    if out.suffix:
-        save_png(grid(pictures, prompts, columns), out)
+        pictures = draw(model, codec, info, text, null[0], seeds, steps, guidance)
+    if Path(out).suffix:
+        save_png(grid(pictures, prompts, n if n > 1 else min(len(prompts), 8)), out)
         print(f"{out} shows {len(pictures)} pictures")
         return
-    for number, (picture, prompt, seed) in enumerate(zip(pictures, prompts, seeds)):
-        save_png(Image.fromarray(picture), out / f"{number:04d}.png")
-        print(f"{out / f'{number:04d}.png'}: {prompt} (seed {seed})")
+    for number, picture in enumerate(pictures):
+        save_png(Image.fromarray(picture), f"{out}/{number:04d}.png")
+        print(f"{out}/{number:04d}.png: {prompts[number]} (seed {seeds[number]})")
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(sample, __doc__, prompts="*")

@@ -13,7 +13,6 @@ import pickle
 import signal
 import time
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -25,10 +24,10 @@ from PIL import Image
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from model import (PRX, PRXConfig, Refused, add_noise, read_json, run_script, sample_timesteps,
-                   velocity, whole_file, write_json)
-from prepare import (Settings, count, load_codec, load_text_encoder, natural, pad, parse_flags,
-                     positive, prepare, refuse_differences, share)
+from model import (PRX, PRXConfig, Refused, add_noise, read_json, sample_timesteps, velocity,
+                   whole_file, write_json)
+from prepare import (count, load_codec, load_text_encoder, natural, pad, positive, prepare,
+                     refuse_differences, run_script, share)
 from sample import draw, grid, pick_device, save_png, score
 
 @dataclass
@@ -36,7 +35,7 @@ class Config:
     """All settings of a run. Each field is a flag, and its comment the help."""
     data: str = "data/scenes"      # a cache that prepare.py wrote
     out: str = ""                  # folder of the run; "": out/ and the cache's name
-    steps: count = 1600            # optimizer steps
+    steps: count = 2400            # optimizer steps
     batch_size: count = 64         # pictures in a step, over all processes
     micro_batch: natural = 0       # pictures a process takes at once, to save memory; 0: all
     seed: natural = 0              # of the weights, the order, the noise and the timesteps
@@ -73,7 +72,6 @@ class Config:
 
 class Cache(torch.utils.data.Dataset):
     """What prepare.py wrote, mapped into memory; what goes with every batch is on the device."""
-
     def __init__(self, folder, device):
         self.meta = read_json(folder / "meta.json")
         self.shards = [{name: np.load(folder / shard / f"{name}.npy", mmap_mode="r")
@@ -99,20 +97,19 @@ class Cache(torch.utils.data.Dataset):
             row[:end - begin] = torch.from_numpy(shard["text"][begin:end].astype(np.float32))
         return torch.from_numpy(np.stack(latents)), text
 
-@lru_cache(maxsize=2)
-def epoch_order(pictures, seed, epoch):
-    """The numbers of all pictures in the order of an epoch."""
-    return np.random.default_rng((seed, epoch)).permutation(pictures)
-
 def batches(pictures, config, first_step, rank, world):
-    """Yield for each step the numbers of this process's pictures. They follow from seed and step
-    alone, so that a resumed run goes on in order, and a batch may reach into the next epoch, so
-    that none is short."""
-    mine = config.batch_size // world
+    """Yield for each step the numbers of this process's pictures, from seed and step alone, so that
+    a resumed run goes on in order. A batch may reach into the next epoch, so that none is short."""
+    mine, epoch = config.batch_size // world, None
     for step in range(first_step, config.steps):
-        first = step * config.batch_size + rank * mine
-        yield [int(epoch_order(pictures, config.seed, n // pictures)[n % pictures])
-               for n in range(first, first + mine)]
+        batch = []
+        for n in range(mine):
+            n += step * config.batch_size + rank * mine
+            if epoch != n // pictures:
+                epoch = n // pictures
+                order = np.random.default_rng((config.seed, epoch)).permutation(pictures)
+            batch.append(order[n % pictures])
+        yield batch
 
 # --------------------------------------------------------------------------- model and optimizers
 
@@ -130,19 +127,13 @@ def make_model(config, meta):
 def make_optimizers(network, config):
     """AdamW, and Muon (kellerjordan.github.io/posts/muon) for the matrices inside the blocks, its
     updates scaled to the size of AdamW's (arXiv 2502.16982). No weight decay, as in PRX."""
-    groups = [], []
+    rest, matrices = [], []
     for name, p in network.named_parameters():
-        groups[config.optimizer == "muon" and name.startswith("blocks.") and p.ndim == 2].append(p)
-    adamw = torch.optim.AdamW(groups[0], config.lr, (0.9, 0.95), weight_decay=0, fused=True)
-    if not groups[1]:
-        return [adamw]
-    return [adamw, torch.optim.Muon(groups[1], config.muon_lr, weight_decay=0,
-                                    adjust_lr_fn="match_rms_adamw")]
-
-def lr_scale(step, config):
-    """The learning rate's share of its peak: linear warm-up, constant, linear cool-down."""
-    return min(1, (step + 1) / max(config.warmup, 1),
-               (config.steps - step) / max(config.cooldown * config.steps, 1))
+        muon = config.optimizer == "muon" and name.startswith("blocks.") and p.ndim == 2
+        (matrices if muon else rest).append(p)
+    adamw = torch.optim.AdamW(rest, config.lr, (0.9, 0.95), weight_decay=0, fused=True)
+    return [adamw] if not matrices else [adamw, torch.optim.Muon(
+        matrices, config.muon_lr, weight_decay=0, adjust_lr_fn="match_rms_adamw")]
 
 # ------------------------------------------------------------------------------------ the training
 
@@ -151,8 +142,8 @@ FREE = ("out", "save_every", "sample_every", "micro_batch", "compile", "workers"
 
 def training_inputs(latents, text, cache, config, step, rank):
     """This process's part of a step's inputs: clean x and noise (B, C, H, W), t (B,) and the text,
-    where some captions are dropped. All that is random is drawn for the whole batch from seed and
-    step alone, so that it is the same for any number of processes, and after a resume."""
+    some captions dropped. Everything random is drawn for the whole batch from seed and step alone,
+    so that it is the same for any number of processes, and after a resume."""
     device, mine = cache.null.device, slice(rank * len(latents), (rank + 1) * len(latents))
     generator = torch.Generator(device).manual_seed(config.seed * 2 ** 32 + step)
     shape = config.batch_size, *latents.shape[1:]
@@ -189,7 +180,7 @@ def train(config):
     if not (data / "meta.json").exists():
         if config.data != Config.data:
             raise Refused(f"there is no cache in {data}; python prepare.py SOURCE --out {data}")
-        prepare(Settings())
+        prepare()
     cache = Cache(data, device)
     meta = cache.meta
 
@@ -252,7 +243,7 @@ def train(config):
         print(f'sample with: python sample.py --run {out} "{prompts[0]}"')
 
     # the loop
-    stopped = []
+    stopped, parent = [], os.getppid()
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda *_: stopped.append(True))
     loader = torch.utils.data.DataLoader(
@@ -279,14 +270,17 @@ def train(config):
             loss.backward()
             losses[-1] += loss.detach()
         norm = torch.nn.utils.clip_grad_norm_(network.parameters(), config.clip)
+        scale = min(1, (step + 1) / max(config.warmup, 1),
+                    (config.steps - step) / max(config.cooldown * config.steps, 1))
         for optimizer, rate in zip(optimizers, (config.lr, config.muon_lr)):
-            for group in optimizer.param_groups:
-                group["lr"] = rate * lr_scale(step, config)
+            optimizer.param_groups[0]["lr"] = rate * scale
             optimizer.step()
             optimizer.zero_grad()
         ema.update_parameters(network)
         step += 1
         bar.update()
+        if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != parent:
+            stopped.append(True)              # torchrun was killed; do not go on without it
 
         last, keep = step == config.steps, step % config.save_every == 0
         look = last or step % config.sample_every == 0
@@ -323,4 +317,4 @@ def train(config):
         dist.destroy_process_group()
 
 if __name__ == "__main__":
-    run_script(lambda: train(parse_flags(Config, __doc__)))
+    run_script(Config, __doc__, train)
