@@ -23,7 +23,6 @@ class Refused(ValueError):
     """Input that cannot be used; the text is the sentence that the user reads."""
 
 # ------------------------------------------------------------------------------ the transformer
-
 @dataclass
 class PRXConfig:
     """Sizes of the network, under diffusers' names; the defaults are PRX-small's (1.2 B)."""
@@ -49,9 +48,8 @@ class PRXConfig:
 
 @lru_cache(maxsize=8)
 def rope_table(rows, columns, axes_dim, theta, device):
-    """Cosines and signed sines, each (rows * columns, 1, 1, head_dim), of the 2-D rotary embedding
-    (RoFormer, arXiv 2104.09864): the first axes_dim[0] dimensions turn with the row, the others
-    with the column. Cached, so a grid's tables are made once."""
+    """Cosines and signed sines, each (rows * columns, 1, 1, head_dim), of the rotary embedding
+    (arXiv 2104.09864): axes_dim[0] dimensions turn with the row, the others with the column."""
     grid = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
     angles = torch.cat([
         position.flatten()[:, None] / theta ** (torch.arange(0, dim, 2).double() / dim)
@@ -131,7 +129,7 @@ class PRX(nn.Module):
         self.config = config
         patch_dim, width = config.in_channels * config.patch_size ** 2, config.hidden_size
         inner = config.bottleneck_size
-        self.img_in = nn.Linear(patch_dim, width) if not inner else nn.Sequential(    # as JiT has it
+        self.img_in = nn.Linear(patch_dim, width) if not inner else nn.Sequential(  # as in JiT
             nn.Linear(patch_dim, inner), nn.Linear(inner, width))
         self.time_in = nn.ModuleDict({"in_layer": nn.Linear(256, width),
                                       "out_layer": nn.Linear(width, width)})
@@ -145,11 +143,10 @@ class PRX(nn.Module):
                 nn.init.zeros_(parameter)
 
     def forward(self, x, t, text, mask=None):
-        """x (B, C, H, W) noisy latents; t (B,) in [0, 1], 1 is pure noise; text (B, L, D), rows of
-        zeros are padding; mask (B, L), False at padding, only for checkpoints trained with one.
-        Without it a padding row is the bias of `txt_in`, one constant token that the model learns
-        to ignore, and attention can take the flash kernel. Returns the clean latents or the
-        velocity (B, C, H, W). Raises Refused where the patch size does not divide H and W."""
+        """x (B, C, H, W) noisy latents, t (B,) in [0, 1], 1 being noise, and text (B, L, D) to
+        clean latents or velocity (B, C, H, W). Rows of zeros in text are padding; they become the
+        bias of `txt_in`, one constant token that the model learns to ignore, so that attention can
+        take the flash kernel. mask (B, L), False at padding, is for models trained with one."""
         patch, (height, width) = self.config.patch_size, x.shape[-2:]
         if height % patch or width % patch:
             raise Refused(f"a patch of {patch} does not divide latents of {height} x {width}")
@@ -211,7 +208,6 @@ class PRX(nn.Module):
 # ------------------------------------------------------------------------------------ the flow
 # The path from a clean picture to noise is the line x_t = (1 - t) x + t noise; the model learns
 # its velocity, noise - x (rectified flow, arXiv 2209.03003).
-
 def shift_time(t, shift):
     """Move timesteps in [0, 1] towards the noise, as large pictures need it (SD3, 2403.03206)."""
     return shift * t / (1 + (shift - 1) * t)
@@ -236,7 +232,6 @@ def velocity(output, x_t, t, predict):
     return (x_t - output) / t.clamp(min=0.05)[:, None, None, None]
 
 # ----------------------------------------------------------------------------- files, whole or not
-
 @contextlib.contextmanager
 def whole_file(path):
     """A binary file to write to, which gets its name only once it is complete and on the disk."""
@@ -284,25 +279,22 @@ def read_safetensors(path):
     with open(path, "rb") as file:
         try:
             (length,) = struct.unpack("<Q", file.read(8))
-            if length > size:
-                raise ValueError(f"a header of {length:,} bytes in a file of {size + 8:,}")
+            size -= length
+            if size < 0:
+                raise ValueError(f"a header of {length} bytes is longer than the file")
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
             for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
                 dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
                 begin, end = entry["data_offsets"]
-                if any(type(n) is not int or n < 0 for n in (*shape, begin, end)):
-                    raise ValueError(f"{name} has a shape or offset that is no natural number")
-                if begin != position or end - begin != math.prod(shape) * dtype.itemsize:
-                    raise ValueError(f"bytes {begin:,} to {end:,} do not fit {name}")
-                if end > size - length:
-                    raise ValueError(f"{name} ends after the file")
+                if any(type(n) is not int or n < 0 for n in (*shape, begin, end)) or end > size \
+                        or begin != position or end - begin != math.prod(shape) * dtype.itemsize:
+                    raise ValueError(f"bytes {begin} to {end} do not hold {name} of shape {shape}")
                 tensors[name], position = torch.empty(shape, dtype=dtype), end
                 file.readinto(tensors[name].flatten().view(torch.uint8).numpy())
-            if position != size - length:
-                raise ValueError(f"{size - length - position:,} bytes belong to no tensor")
-        except (ValueError, TypeError, LookupError, AttributeError, RecursionError, RuntimeError,
-                struct.error) as error:
+            if position != size:
+                raise ValueError(f"{size - position} bytes belong to no tensor")
+        except Exception as error:           # a header can be wrong in more ways than one can name
             raise Refused(f"{path} is not a whole safetensors file: {error!r}")
     return tensors
 

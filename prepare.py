@@ -44,7 +44,6 @@ from model import Refused, read_json, write_json
 # --------------------------------------------------------------------- the built-in world: scenes
 # Coloured shapes on a coloured ground. Since the scene behind a prompt is known, a picture can be
 # checked for it, as GenEval (arXiv 2310.11513) does with an object detector on photographs.
-
 COLOURS = {"red": (225, 35, 40), "green": (40, 165, 70), "blue": (40, 85, 225),
            "yellow": (250, 215, 45), "purple": (165, 50, 190), "cyan": (60, 205, 225),
            "white": (245, 245, 245), "black": (20, 20, 25)}
@@ -55,7 +54,6 @@ RELATIONS = {"left": "left of", "right": "right of", "top": "above", "bottom": "
 OPPOSITE = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}
 NEVER_TRAINED = {("red", "triangle"), ("blue", "ring"), ("yellow", "cross"), ("green", "diamond")}
 STEP = 0.27                    # from the centre of the picture to a place, in picture widths
-
 Thing = namedtuple("Thing", "colour shape place x y radius")     # lengths in picture widths
 Scene = namedtuple("Scene", "ground things")                     # one thing, or two face to face
 
@@ -144,12 +142,9 @@ def judge(picture, scene):
     seen, clean = read_scene(picture)
     there = {thing.place: thing for thing in seen.things}
     pairs = [(thing, there.get(thing.place)) for thing in scene.things]
-    return {"ground": seen.ground == scene.ground,
-            "count": len(seen.things) == len(scene.things),
-            "place": all(found for _, found in pairs),
-            "colour": all(found and found.colour == thing.colour for thing, found in pairs),
-            "shape": all(found and found.shape == thing.shape for thing, found in pairs),
-            "clean": bool(clean)}
+    return {"ground": seen.ground == scene.ground, "count": len(seen.things) == len(pairs), **{
+        name: all(found and getattr(found, name) == getattr(thing, name) for thing, found in pairs)
+        for name in ("place", "colour", "shape")}, "clean": bool(clean)}
 
 def check(picture, scene):
     """Whether a picture (size, size, 3) uint8 shows a scene: all of it, and nothing else."""
@@ -158,14 +153,12 @@ def check(picture, scene):
 # --------------------------------------------------------- where pictures and captions come from
 # A source has parts, each of which makes a shard. A part is a list of items (name, caption, load);
 # load() gives the picture, PIL in RGB, or raises Refused with the reason why not.
-
 PART = 4096                    # items in a part, where the source is not a tar
 ENDINGS = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 MAX_PIXELS = 100_000_000
 Image.MAX_IMAGE_PIXELS = None                    # Pillow only warns at first; load_picture refuses
 
 def read(path, offset, length):
-    """The bytes in a stretch of a file."""
     with open(path, "rb") as file:
         file.seek(offset)
         return file.read(length)
@@ -187,9 +180,9 @@ def load_picture(path, offset, length):
         raise error if isinstance(error, Refused) else Refused("broken picture")
 
 def list_files(source):
-    """Yield (stem, name, path, offset, length) for each file in a folder, or in a tar, of which
-    nothing is unpacked. Files of one stem belong together: in a folder the name without its ending,
-    in a tar, as WebDataset has it, the name up to its first dot."""
+    """Yield (stem, name, path, offset, length) of each file in a folder, or in a tar, which is not
+    unpacked. Files of one stem belong together: the name without its ending, or, in a tar, as
+    WebDataset has it, up to the first dot."""
     if source.is_dir():
         for path in sorted(source.rglob("*")):
             if path.is_file():
@@ -230,9 +223,9 @@ def list_items(source):
 
 def list_scenes(first, size, short):
     """The items of a part of the scenes; a scene's number is its seed."""
-    scenes = [random_scene(np.random.default_rng(n)) for n in range(first, first + PART)]
-    return [(f"scene {n}", caption(scene, short), lambda scene=scene: Image.fromarray(
-        render(scene, size))) for n, scene in enumerate(scenes, first)]
+    scenes = (random_scene(np.random.default_rng(n)) for n in range(first, first + PART))
+    return [("", caption(scene, short), lambda scene=scene: Image.fromarray(render(scene, size)))
+            for scene in scenes]
 
 def list_parts(source, size=32, short=False):
     """The parts of a source, each a function that gives its items. A source is "scenes" (which
@@ -273,21 +266,19 @@ def read_source(source):
                 yield load(), text
 
 # ---------------------------------------------------------------------------- the frozen encoders
-
 class Pixels:
     """The codec that leaves pictures as they are; the cache keeps them as uint8."""
     channels, factor, dtype = 3, 1, "uint8"
 
     def encode(self, images):
-        """Images (B, 3, H, W) in [-1, 1] to latents (B, channels, H / factor, W / factor)."""
         return images
 
     def decode(self, latents):
-        """Latents to images (B, 3, H, W) in [-1, 1]."""
         return latents.clamp(-1, 1)
 
 def load_codec(name):
-    """The codec of that name. Raises Refused where there is none."""
+    """The codec of that name. `encode` makes images (B, 3, H, W) in [-1, 1] latents (B, channels,
+    H / factor, W / factor), `decode` undoes it. Raises Refused where there is none."""
     if name != "pixels":
         raise Refused(f"there is no codec named {name}; there is pixels")
     return Pixels()
@@ -299,7 +290,6 @@ class Words:
     dim = 3 * 32
 
     def __call__(self, captions):
-        """A list of captions to a list of (L_i, dim) float32 tensors."""
         embeddings = []
         for text in captions:
             words = re.findall(r"\w+", text.lower())
@@ -312,7 +302,8 @@ class Words:
         return embeddings
 
 def load_text_encoder(name):
-    """The text encoder of that name. Raises Refused where there is none."""
+    """The text encoder of that name: a list of captions to a list of (L_i, dim) float32 tensors.
+    Raises Refused where there is none."""
     if name != "words":
         raise Refused(f"there is no text encoder named {name}; there is words")
     return Words()
@@ -325,7 +316,6 @@ def pad(embeddings, tokens):
     return padded
 
 # -------------------------------------------------------------------------- the command line
-
 def number(kind, low, high=float("inf")):
     """A type for flags: int or float, from low to high."""
     def parse(text):
@@ -339,9 +329,8 @@ count, natural, positive, share = (
     number(int, 1), number(int, 0), number(float, 1e-12), number(float, 0, 1))
 
 def run_script(settings, description, run=lambda done: done, **nargs):
-    """Call `settings`, a function or dataclass each argument of which is a flag with the comment
-    behind it for help (or none, if it is in nargs), and then run what it gives. What goes wrong
-    ends in a sentence: exit code 2 for what is asked, 1 for what the disk refuses."""
+    """Call a function or dataclass, each argument of which is a flag (or positional, if in nargs)
+    and the comment behind it the help; then run what it gives. Bad input ends in one sentence."""
     parser = argparse.ArgumentParser(usage="%(prog)s [flags]; --help tells them all",
                                      description=description,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -358,15 +347,12 @@ def run_script(settings, description, run=lambda done: done, **nargs):
                             default=flag.default, help=f"{comments[name]} (default: %(default)r)")
     try:
         run(settings(**vars(parser.parse_args())))
-    except Refused as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
-    except OSError as error:
-        parser.exit(1, f"{parser.prog}: {error}\n")
+    except (Refused, OSError) as error:
+        parser.exit(2 if isinstance(error, Refused) else 1, f"{parser.prog}: {error}\n")
     except KeyboardInterrupt:
         parser.exit(1, f"{parser.prog}: stopped; the same command goes on\n")
 
 # -------------------------------------------------------------------------------------- the cache
-
 def prepare(
     source: str = "scenes",      # scenes, a folder of pictures or of tars, or a tar
     out: str = "",               # folder of the cache; "": data/ and the source's name
@@ -379,9 +365,8 @@ def prepare(
     min_size: natural = 0,       # leave out pictures with a shorter side; 0: half of size
     workers: natural = os.cpu_count(),             # processes that decode pictures
 ):
-    """Write a cache, or go on with one. Under torchrun each process takes its share of the parts
-    and of the limit. Raises Refused where nothing can be used, or where the cache was begun with
-    other settings."""
+    """Write a cache, or go on with one; under torchrun the processes share parts and limit. Raises
+    Refused where nothing can be used, or where the cache was begun with other settings."""
     scenes, out = source == "scenes", Path(out or f"data/{Path(source).stem}")
     size, limit = size or (32 if scenes else 256), limit or (20_000 if scenes else 10 ** 9)
     settings = {"source": source, "size": size, "limit": limit, "codec": codec, "text": text,
@@ -414,14 +399,14 @@ def prepare(
         if left <= 0:
             break
     bar.close()
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("gloo")
     if world > 1:
-        if not dist.is_initialized():
-            dist.init_process_group("gloo")
-        dist.barrier()
+        dist.barrier()                        # all shards are there
     if rank == 0:
         finish(out, settings, codec, encode_text)
     if world > 1:
-        dist.barrier()
+        dist.barrier()                        # meta.json is there
 
 def refuse_differences(folder, old, new, free=()):
     """Raise Refused if a folder's settings and new ones differ in others than the free ones."""
@@ -456,10 +441,10 @@ def write_shard(folder, items, settings, codec, encode_text, workers, bar):
                 report[reason] += 1
                 if report[reason] <= 3:
                     bar.write(f"left out {name}: {reason}")
-            batch = [item for item in batch if item[2] is not None]
-            if not batch:
+            usable = [item for item in batch if item[2] is not None]
+            if not usable:
                 continue
-            _, captions, pictures = zip(*batch)
+            _, captions, pictures = zip(*usable)
             images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 127.5 - 1
             latents = codec.encode(images).double().cpu().numpy()
             sums += latents.sum((0, 2, 3)), np.square(latents).sum((0, 2, 3))

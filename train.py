@@ -9,10 +9,10 @@ The same command again goes on where the run stopped. The folder of a run, out/s
 """
 import math
 import os
-import pickle
 import signal
 import time
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -69,7 +69,6 @@ class Config:
             raise Refused(f"--width {self.width} is not a multiple of 4 times --heads {self.heads}")
 
 # -------------------------------------------------------------------------------------- the data
-
 class Cache(torch.utils.data.Dataset):
     """What prepare.py wrote, mapped into memory; what goes with every batch is on the device."""
     def __init__(self, folder, device):
@@ -100,19 +99,13 @@ class Cache(torch.utils.data.Dataset):
 def batches(pictures, config, first_step, rank, world):
     """Yield for each step the numbers of this process's pictures, from seed and step alone, so that
     a resumed run goes on in order. A batch may reach into the next epoch, so that none is short."""
-    mine, epoch = config.batch_size // world, None
+    order = lru_cache(2)(lambda epoch: np.random.default_rng(
+        (config.seed, epoch)).permutation(pictures))
     for step in range(first_step, config.steps):
-        batch = []
-        for n in range(mine):
-            n += step * config.batch_size + rank * mine
-            if epoch != n // pictures:
-                epoch = n // pictures
-                order = np.random.default_rng((config.seed, epoch)).permutation(pictures)
-            batch.append(order[n % pictures])
-        yield batch
+        batch = range(step * config.batch_size, (step + 1) * config.batch_size)
+        yield [order(n // pictures)[n % pictures] for n in batch[rank::world]]
 
 # --------------------------------------------------------------------------- model and optimizers
-
 def make_model(config, meta):
     """The network for a cache. Raises Refused where the patches do not fit its latents."""
     channels, *sides = meta["latent_shape"]
@@ -136,7 +129,6 @@ def make_optimizers(network, config):
         matrices, config.muon_lr, weight_decay=0, adjust_lr_fn="match_rms_adamw")]
 
 # ------------------------------------------------------------------------------------ the training
-
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
 FREE = ("out", "save_every", "sample_every", "micro_batch", "compile", "workers")
 
@@ -144,7 +136,7 @@ def training_inputs(latents, text, cache, config, step, rank):
     """This process's part of a step's inputs: clean x and noise (B, C, H, W), t (B,) and the text,
     some captions dropped. Everything random is drawn for the whole batch from seed and step alone,
     so that it is the same for any number of processes, and after a resume."""
-    device, mine = cache.null.device, slice(rank * len(latents), (rank + 1) * len(latents))
+    device, mine = cache.null.device, slice(rank, None, config.batch_size // len(latents))
     generator = torch.Generator(device).manual_seed(config.seed * 2 ** 32 + step)
     shape = config.batch_size, *latents.shape[1:]
     noise = torch.randn(shape, generator=generator, device=device)[mine]
@@ -155,19 +147,9 @@ def training_inputs(latents, text, cache, config, step, rank):
     text = torch.where((drop < config.caption_dropout)[:, None, None], cache.null, text)
     return (x - cache.mean) / cache.std, noise, t, text
 
-def open_log(path, step):
-    """log.csv to print lines to, without those after a step, which a resumed run writes again."""
-    lines = path.read_text().splitlines()[1:] if path.exists() else []
-    lines = [line for line in lines if int(line.split(",")[0]) <= step]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as file:
-        file.write(b"step,loss,grad_norm,pictures_per_second,seconds\n")
-        file.write("".join(f"{line}\n" for line in lines).encode())
-    return open(path, "a", buffering=1)
-
 def train(config):
-    """Train as the config says, or go on with what is in its folder. Raises Refused where the data
-    are missing, the folder holds a run with other settings, or the loss is not finite."""
+    """Train as the config says, or go on with what is in its folder. Raises Refused where data are
+    missing, the folder holds a run with other settings, or the loss is not finite."""
     # processes and data
     device, bf16 = pick_device()
     rank, world = int(os.getenv("RANK", 0)), int(os.getenv("WORLD_SIZE", 1))
@@ -189,14 +171,14 @@ def train(config):
     network = make_model(config, meta).to(device)
     ema = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
     optimizers = make_optimizers(network, config)
-    step, seconds, checkpoint = 0, 0.0, out / "ckpt.pt"
+    step, seconds, log_size, checkpoint = 0, 0.0, 0, out / "ckpt.pt"
     if checkpoint.exists():
         try:
             state = torch.load(checkpoint, map_location=device, weights_only=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise Refused(f"{checkpoint} cannot be loaded: {str(error).splitlines()[0]}")
+        except Exception as error:             # torch.load raises many kinds for a broken file
+            raise Refused(f"{checkpoint} cannot be loaded: {str(error)[:200]}")
         refuse_differences(out, state["config"], asdict(config), FREE)
-        step, seconds = state["step"], state["seconds"]
+        step, seconds, log_size = state["step"], state["seconds"], state["log_size"]
         network.load_state_dict(state["network"])
         ema.load_state_dict(state["ema"])
         for optimizer, kept in zip(optimizers, state["optimizers"]):
@@ -228,6 +210,7 @@ def train(config):
         write_json(out / "ema" / "nanoprx.json", info)
         with whole_file(checkpoint) as file:
             torch.save({"config": asdict(config), "step": step, "seconds": seconds,
+                        "log_size": os.path.getsize(out / "log.csv"),
                         "network": network.state_dict(), "ema": ema.state_dict(),
                         "optimizers": [optimizer.state_dict() for optimizer in optimizers]}, file)
 
@@ -249,10 +232,16 @@ def train(config):
     loader = torch.utils.data.DataLoader(
         cache, batch_sampler=batches(len(cache), config, step, rank, world), collate_fn=tuple,
         num_workers=config.workers * (device.type == "cuda"), pin_memory=device.type == "cuda")
-    peak = next((flops for name, flops in PEAK_FLOPS.items()
-                 if device.type == "cuda" and name in torch.cuda.get_device_name()), None)
+    device_name = torch.cuda.get_device_name() if device.type == "cuda" else ""
+    peak = next((flops for name, flops in PEAK_FLOPS.items() if name in device_name), None)
     work = 3 * network.flops(*meta["latent_shape"][1:], meta["tokens"])
-    log = open_log(out / "log.csv", step) if rank == 0 else None
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        log = open(out / "log.csv", "a", buffering=1)
+        log_size = min(log_size, log.tell())
+        log.truncate(log_size)                # without the steps that a resumed run does again
+        if not log_size:
+            print("step,loss,grad_norm,pictures_per_second,seconds", file=log)
     bar = tqdm(total=config.steps, initial=step, disable=None if rank == 0 else True)
     losses, since, before = [], time.perf_counter(), step
     for latents, text in loader:
