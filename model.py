@@ -21,7 +21,6 @@ import torch.nn.functional as F
 
 class Refused(ValueError):
     """Input that cannot be used; the text is the sentence that the user reads."""
-
 # ------------------------------------------------------------------------------ the transformer
 @dataclass
 class PRXConfig:
@@ -38,7 +37,6 @@ class PRXConfig:
     time_factor: float = 1000.0
     time_max_period: int = 10000
     bottleneck_size: int | None = None
-
     def __post_init__(self):
         self.axes_dim = tuple(self.axes_dim or (32, 32))
         if [dim % 2 for dim in self.axes_dim] != [0, 0] \
@@ -84,7 +82,6 @@ class Attention(nn.Module):
         self.norm_q, self.norm_k, self.norm_added_k = (
             nn.RMSNorm(width // self.heads) for _ in range(3))
         self.to_out = nn.ModuleList([nn.Linear(width, width, bias=False)])
-
     def forward(self, img, txt, rope, mask):
         qk, v = self.img_qkv_proj(img).unflatten(-1, (3, self.heads, -1)).split((2, 1), dim=2)
         txt_k, txt_v = self.txt_kv_proj(txt).unflatten(-1, (2, self.heads, -1)).unbind(2)
@@ -112,7 +109,6 @@ class Block(nn.Module):
         self.up_proj = nn.Linear(width, inner, bias=False)
         self.down_proj = nn.Linear(inner, width, bias=False)
         self.modulation = nn.ModuleDict({"lin": nn.Linear(width, 6 * width)})
-
     def forward(self, img, txt, vec, rope, mask):
         modulation = self.modulation["lin"](F.silu(vec))[:, None]
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation.chunk(6, dim=-1)
@@ -141,7 +137,6 @@ class PRX(nn.Module):
         for name, parameter in self.named_parameters():     # blocks begin as identities, x as zero
             if "odulation" in name or "final_layer" in name:
                 nn.init.zeros_(parameter)
-
     def forward(self, x, t, text, mask=None):
         """x (B, C, H, W) noisy latents, t (B,) in [0, 1], 1 being noise, and text (B, L, D) to
         clean latents or velocity (B, C, H, W). Rows of zeros in text are padding; they become the
@@ -153,7 +148,6 @@ class PRX(nn.Module):
         grid = height // patch, width // patch
         rope = rope_table(*grid, self.config.axes_dim, self.config.theta, x.device)
         return self.network(x, t, text, mask, patch, grid, rope)
-
     def network(self, x, t, text, mask, patch, grid, rope):
         """The part of `forward` that `torch.compile` is given."""
         if mask is not None:                                  # text keys, then image keys
@@ -169,7 +163,6 @@ class PRX(nn.Module):
         x = self.final_layer["linear"](modulate(img, shift, scale))
         x = x.unflatten(1, grid).unflatten(3, (-1, patch, patch))               # (B, h, w, C, p, p)
         return x.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)             # (B, C, H, W)
-
     def flops(self, height, width, text_tokens):
         """Floating-point operations in the matrix products over tokens of one picture's forward
         pass, latents height x width; a training step takes three times that."""
@@ -179,7 +172,6 @@ class PRX(nn.Module):
             if weight.ndim == 2 and "odulation" not in name and "time_in" not in name:
                 total += 2 * weight.numel() * (text_tokens if "txt" in name else tokens)
         return total
-
     @classmethod
     def from_pretrained(cls, source):
         """The model in a folder or Hub repository in diffusers' layout, or in a pipeline's
@@ -197,14 +189,12 @@ class PRX(nn.Module):
         except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
             raise Refused(f"{folder} does not hold a PRX: {' '.join(str(error).split())[:300]}")
         return model
-
     def save_pretrained(self, folder):
         """Write `config.json` and `diffusion_pytorch_model.safetensors` for diffusers and us."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         write_safetensors(f"{folder}/diffusion_pytorch_model.safetensors", self.state_dict())
         write_json(f"{folder}/config.json",
                    {"_class_name": "PRXTransformer2DModel", **asdict(self.config)})
-
 # ------------------------------------------------------------------------------------ the flow
 # The path from a clean picture to noise is the line x_t = (1 - t) x + t noise; the model learns
 # its velocity, noise - x (rectified flow, arXiv 2209.03003).
@@ -224,13 +214,11 @@ def add_noise(x, noise, t):
     return torch.lerp(x, noise, t[:, None, None, None])
 
 def velocity(output, x_t, t, predict):
-    """The velocity that an output at x_t (B, C, H, W) and t (B,) stands for: itself where "v" is
-    predicted, else derived from the clean picture ("x", JiT, arXiv 2511.13720). The clamp keeps
-    small errors near t = 0 from counting without bound; JiT and PRX have the same 0.05."""
+    """The velocity that an output at x_t (B, C, H, W) and t (B,) stands for: itself for "v", for
+    "x" derived from the clean picture (JiT, 2511.13720), clamped near t = 0 as JiT and PRX do."""
     if predict == "v":
         return output
     return (x_t - output) / t.clamp(min=0.05)[:, None, None, None]
-
 # ----------------------------------------------------------------------------- files, whole or not
 @contextlib.contextmanager
 def whole_file(path):

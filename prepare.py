@@ -13,8 +13,8 @@ A caption stands beside its picture under the same name, in a .txt or in a .json
                             offsets.npy   (N + 1), ... caption i in rows offsets[i]:offsets[i + 1]
                             captions.txt  a line each
 
-A shard gets its name when it is whole, so the same command continues a killed run, and
-`torchrun --nproc_per_node=4 prepare.py ...` shares the shards among processes.
+A shard gets its name when it is whole, so the same command continues a killed run. With
+`torchrun --nproc_per_node=4 prepare.py ...` four processes share the work.
 """
 import argparse
 import contextlib
@@ -40,7 +40,6 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from model import Refused, read_json, write_json
-
 # --------------------------------------------------------------------- the built-in world: scenes
 # Coloured shapes on a coloured ground. Since the scene behind a prompt is known, a picture can be
 # checked for it, as GenEval (arXiv 2310.11513) does with an object detector on photographs.
@@ -99,7 +98,6 @@ def coverage(thing, size):
                 "cross": np.minimum(np.maximum(a - 0.4, b - 1.15), np.maximum(a - 1.15, b - 0.4)),
                 "ring": np.abs(r - 0.85) - 0.3}[thing.shape]
     return np.clip(0.5 - distance * thing.radius * size, 0, 1)
-
 AREAS = {shape: coverage(Thing("", shape, "", 0.5, 0.5, 0.25), 256).mean() * 16 for shape in SHAPES}
 
 def render(scene, size):
@@ -149,7 +147,6 @@ def judge(picture, scene):
 def check(picture, scene):
     """Whether a picture (size, size, 3) uint8 shows a scene: all of it, and nothing else."""
     return all(judge(picture, scene).values())
-
 # --------------------------------------------------------- where pictures and captions come from
 # A source has parts, each of which makes a shard. A part is a list of items (name, caption, load);
 # load() gives the picture, PIL in RGB, or raises Refused with the reason why not.
@@ -158,15 +155,11 @@ ENDINGS = {ending for ending, kind in Image.registered_extensions().items() if k
 MAX_PIXELS = 100_000_000
 Image.MAX_IMAGE_PIXELS = None                    # Pillow only warns at first; load_picture refuses
 
-def read(path, offset, length):
-    with open(path, "rb") as file:
-        file.seek(offset)
-        return file.read(length)
-
 def load_picture(path, offset, length):
     """The picture in a stretch of a file: RGB, upright, and on white where it is transparent."""
     try:
-        picture = Image.open(io.BytesIO(read(path, offset, length)))
+        data = np.fromfile(path, np.uint8, length, offset=offset)
+        picture = Image.open(io.BytesIO(data.tobytes()))
         if picture.width * picture.height > MAX_PIXELS:
             raise Refused(f"more than {MAX_PIXELS:,} pixels")
         picture = ImageOps.exif_transpose(picture)
@@ -180,9 +173,8 @@ def load_picture(path, offset, length):
         raise error if isinstance(error, Refused) else Refused("broken picture")
 
 def list_files(source):
-    """Yield (stem, name, path, offset, length) of each file in a folder, or in a tar, which is not
-    unpacked. Files of one stem belong together: the name without its ending, or, in a tar, as
-    WebDataset has it, up to the first dot."""
+    """Yield (stem, name, path, offset, length) of each file in a folder or a tar, never unpacked.
+    Files of one stem belong together: it ends at the last dot, in a tar (WebDataset) the first."""
     if source.is_dir():
         for path in sorted(source.rglob("*")):
             if path.is_file():
@@ -216,16 +208,21 @@ def list_items(source):
             pictures.append((stem, name, partial(load_picture, path, offset, length)))
         elif name.endswith((".txt", ".json", "metadata.jsonl", "metadata.csv")):
             with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError, csv.Error):
-                text = read(path, offset, length).decode("utf-8-sig")
-                captions |= read_captions(stem, name, text)
+                data = np.fromfile(path, np.uint8, length, offset=offset)
+                captions |= read_captions(stem, name, data.tobytes().decode("utf-8-sig"))
     return [(name, str(captions.get(name) or captions.get(stem, "")), load)
             for stem, name, load in pictures]
 
 def list_scenes(first, size, short):
     """The items of a part of the scenes; a scene's number is its seed."""
-    scenes = (random_scene(np.random.default_rng(n)) for n in range(first, first + PART))
-    return [("", caption(scene, short), lambda scene=scene: Image.fromarray(render(scene, size)))
-            for scene in scenes]
+    items = []
+    for number in range(first, first + PART):
+        scene = random_scene(np.random.default_rng(number))
+        text = caption(scene, short)
+        if number % 5 == 0:                  # so that a prompt, too, may leave the ground open
+            text = text.split(" on a ")[0]
+        items.append(("", text, lambda scene=scene: Image.fromarray(render(scene, size))))
+    return items
 
 def list_parts(source, size=32, short=False):
     """The parts of a source, each a function that gives its items. A source is "scenes" (which
@@ -241,9 +238,9 @@ def list_parts(source, size=32, short=False):
     raise Refused(f"{source} is neither a tar file nor a folder with pictures or tar files in it")
 
 def load_squares(items, size, min_size):
-    """A batch of items as (name, caption, picture (size, size, 3) uint8), or (name, reason, None).
-    Runs in a DataLoader's workers."""
-    batch = []
+    """A batch of items as captions, pictures (size, size, 3) uint8, and what is left out of it as
+    (name, reason). Runs in a DataLoader's workers."""
+    captions, pictures, left_out = [], [], []
     for name, text, load in items:
         try:
             text = " ".join(text.replace("\0", " ").split())
@@ -253,10 +250,11 @@ def load_squares(items, size, min_size):
             if min(picture.size) < min_size:
                 raise Refused(f"shorter side below {min_size} pixels")
             picture = ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
-            batch.append((name, text, np.asarray(picture)))
+            pictures.append(np.asarray(picture))
+            captions.append(text)
         except Refused as reason:
-            batch.append((name, str(reason), None))
-    return batch
+            left_out.append((name, str(reason)))
+    return captions, pictures, left_out
 
 def read_source(source):
     """Yield each usable picture (PIL, RGB) of a source, whole, with its caption."""
@@ -264,15 +262,12 @@ def read_source(source):
         for _, text, load in part():
             with contextlib.suppress(Refused):
                 yield load(), text
-
 # ---------------------------------------------------------------------------- the frozen encoders
 class Pixels:
     """The codec that leaves pictures as they are; the cache keeps them as uint8."""
     channels, factor, dtype = 3, 1, "uint8"
-
     def encode(self, images):
         return images
-
     def decode(self, latents):
         return latents.clamp(-1, 1)
 
@@ -288,7 +283,6 @@ class Words:
     (the hashing trick, arXiv 0902.2206); a token is a word beside its left and right neighbours, so
     that "red circle" is not "circle red". The empty caption has no tokens."""
     dim = 3 * 32
-
     def __call__(self, captions):
         embeddings = []
         for text in captions:
@@ -302,8 +296,7 @@ class Words:
         return embeddings
 
 def load_text_encoder(name):
-    """The text encoder of that name: a list of captions to a list of (L_i, dim) float32 tensors.
-    Raises Refused where there is none."""
+    """The text encoder of that name: captions to a list of (L_i, dim) tensors. Raises Refused."""
     if name != "words":
         raise Refused(f"there is no text encoder named {name}; there is words")
     return Words()
@@ -314,7 +307,6 @@ def pad(embeddings, tokens):
     for row, embedding in zip(padded, embeddings):
         row[:len(embedding)] = embedding[:tokens]
     return padded
-
 # -------------------------------------------------------------------------- the command line
 def number(kind, low, high=float("inf")):
     """A type for flags: int or float, from low to high."""
@@ -324,15 +316,13 @@ def number(kind, low, high=float("inf")):
         return kind(text)
     parse.__name__ = f"{kind.__name__} from {low} to {high}"                # for argparse's errors
     return parse
-
 count, natural, positive, share = (
     number(int, 1), number(int, 0), number(float, 1e-12), number(float, 0, 1))
 
 def run_script(settings, description, run=lambda done: done, **nargs):
     """Call a function or dataclass, each argument of which is a flag (or positional, if in nargs)
     and the comment behind it the help; then run what it gives. Bad input ends in one sentence."""
-    parser = argparse.ArgumentParser(usage="%(prog)s [flags]; --help tells them all",
-                                     description=description,
+    parser = argparse.ArgumentParser(None, "%(prog)s [flags]; --help tells them all", description,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     comments = dict(re.findall(r"(?m)^    (\w+):[^#\n]*# +(.*)$", inspect.getsource(settings)))
     for name, flag in inspect.signature(settings).parameters.items():
@@ -351,7 +341,6 @@ def run_script(settings, description, run=lambda done: done, **nargs):
         parser.exit(2 if isinstance(error, Refused) else 1, f"{parser.prog}: {error}\n")
     except KeyboardInterrupt:
         parser.exit(1, f"{parser.prog}: stopped; the same command goes on\n")
-
 # -------------------------------------------------------------------------------------- the cache
 def prepare(
     source: str = "scenes",      # scenes, a folder of pictures or of tars, or a tar
@@ -363,7 +352,6 @@ def prepare(
     max_tokens: count = 64,      # where captions are cut
     captions: Literal["long", "short"] = "long",   # how scenes are told
     min_size: natural = 0,       # leave out pictures with a shorter side; 0: half of size
-    workers: natural = os.cpu_count(),             # processes that decode pictures
 ):
     """Write a cache, or go on with one; under torchrun the processes share parts and limit. Raises
     Refused where nothing can be used, or where the cache was begun with other settings."""
@@ -384,7 +372,6 @@ def prepare(
     parts = list_parts(source, size, captions == "short")
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "settings.json", settings)
-
     rank, world = int(os.getenv("RANK", 0)), int(os.getenv("WORLD_SIZE", 1))
     left = limit // world + (rank < limit % world)
     bar = tqdm(unit=" pictures", desc=str(out), total=left if left < 10 ** 8 else None,
@@ -393,8 +380,7 @@ def prepare(
         if number % world == rank and left > 0:
             folder = out / f"shard-{number:05d}"
             if not folder.exists():
-                write_shard(folder, part()[:left], settings, codec, encode_text,
-                            0 if scenes else workers, bar)
+                write_shard(folder, part()[:left], settings, codec, encode_text, bar)
             left -= read_json(folder / "shard.json")["seen"]
         if left <= 0:
             break
@@ -423,28 +409,28 @@ def write_npy_header(file, dtype, *shape):
     np.lib.format.write_array_header_1_0(
         file, {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape})
 
-def write_shard(folder, items, settings, codec, encode_text, workers, bar):
+def write_shard(folder, items, settings, codec, encode_text, bar):
     """Encode items into the folder of a shard, which gets its name when it is whole."""
     unfinished, side = folder.with_suffix(".partial"), settings["size"] // codec.factor
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
     offsets, report, sums = [0], Counter(), np.zeros((2, codec.channels))
-    collate = partial(load_squares, size=settings["size"], min_size=settings["min_size"])
+    batches = DataLoader(
+        items, 64, num_workers=0 if settings["source"] == "scenes" else os.cpu_count(),
+        collate_fn=partial(load_squares, size=settings["size"], min_size=settings["min_size"]))
     with open(unfinished / "latents.npy", "wb") as latents_file, \
             open(unfinished / "text.npy", "wb") as text_file, \
             open(unfinished / "captions.txt", "w", encoding="utf-8") as captions_file:
         write_npy_header(latents_file, codec.dtype, 0, codec.channels, side, side)
         write_npy_header(text_file, "float16", 0, encode_text.dim)
-        for batch in DataLoader(items, 64, num_workers=workers, collate_fn=collate):
-            bar.update(len(batch))
-            for name, reason, _ in (item for item in batch if item[2] is None):
+        for captions, pictures, left_out in batches:
+            bar.update(len(captions) + len(left_out))
+            for name, reason in left_out:
                 report[reason] += 1
                 if report[reason] <= 3:
                     bar.write(f"left out {name}: {reason}")
-            usable = [item for item in batch if item[2] is not None]
-            if not usable:
+            if not captions:
                 continue
-            _, captions, pictures = zip(*usable)
             images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 127.5 - 1
             latents = codec.encode(images).double().cpu().numpy()
             sums += latents.sum((0, 2, 3)), np.square(latents).sum((0, 2, 3))

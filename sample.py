@@ -16,9 +16,8 @@ from prepare import (caption, count, judge, load_codec, load_text_encoder, natur
                      random_scene, run_script)
 
 def generate(model, text, null, noise, steps=20, guidance=2.0, predict="x", shift=1.0):
-    """Latents for text (B, L, D): follow the velocity from noise (B, C, H, W) with Euler steps.
-    The guidance scale leads away from what null (L, D), the empty caption, would give
-    (classifier-free guidance, arXiv 2207.12598); one pass computes both."""
+    """Latents for text (B, L, D), by Euler steps along the velocity from noise (B, C, H, W), guided
+    away from null (L, D), the empty caption (arXiv 2207.12598); one pass computes both."""
     x, text = noise, torch.cat((text, null.expand(len(text), -1, -1)))
     times = shift_time(torch.linspace(1, 0, steps + 1, device=noise.device), shift)
     for t, next_t in zip(times, times[1:]):
@@ -45,19 +44,17 @@ def draw(model, codec, info, text, null, seeds, steps=20, guidance=2.0):
     return np.concatenate(pictures)
 
 def score(model, codec, info, encode_text, steps=20, guidance=2.0):
-    """The share of 512 fixed scenes, never trained on, that are drawn as prompted: "all" of the
-    scene, each attribute, and all of those scenes ("composition", an eighth, about as many as come
-    by chance) whose colour and shape were never trained together."""
+    """The share of 512 fixed held-out scenes drawn as prompted: all of the scene, each attribute,
+    and all of the eighth ("composition") whose colour and shape were never trained together."""
     rng = np.random.default_rng(0)
     scenes = [random_scene(rng, "held-out" if n % 8 else "composition") for n in range(512)]
-    text = pad(encode_text([caption(scene) for scene in scenes]), info["tokens"])
-    null = pad(encode_text([""]), info["tokens"])[0]
-    pictures = draw(model, codec, info, text, null, range(512), steps, guidance)
+    text, null = (pad(encode_text(some), info["tokens"])
+                  for some in ([caption(scene) for scene in scenes], [""]))
+    pictures = draw(model, codec, info, text, null[0], range(512), steps, guidance)
     verdicts = [judge(picture, scene) for picture, scene in zip(pictures, scenes)]
     passed = [all(verdict.values()) for verdict in verdicts]
     return {"all": np.mean(passed), "composition": np.mean(passed[::8]),
             **{name: np.mean([verdict[name] for verdict in verdicts]) for name in verdicts[0]}}
-
 prompt_accuracy = score           # `sample` has a flag of that name
 
 def grid(pictures, prompts, columns):
@@ -128,8 +125,8 @@ def sample(
         print(f"{out} shows {len(pictures)} pictures")
         return
     for number, picture in enumerate(pictures):
-        save_png(Image.fromarray(picture), f"{out}/{number:04d}.png")
-        print(f"{out}/{number:04d}.png: {prompts[number]} (seed {seeds[number]})")
+        save_png(Image.fromarray(picture), path := f"{out}/{number:04d}.png")
+        print(f"{path}: {prompts[number]} (seed {seeds[number]})")
 
 if __name__ == "__main__":
     run_script(sample, __doc__, prompts="*")

@@ -238,7 +238,7 @@ def test_any_picture_from_a_folder(tmp_path):
     (source / "deeper" / "listed.png").write_bytes(picture_bytes())
     (source / "metadata.jsonl").write_text('{"file_name": "rotated.jpg", "text": "it turns"}\n')
     (source / "deeper" / "metadata.csv").write_text('file_name,text\nlisted.png,"listed, here"\n')
-    output = run("prepare.py", source, "--size", 16, "--workers", 1, cwd=tmp_path)
+    output = run("prepare.py", source, "--size", 16, cwd=tmp_path)
     for line in ("3 times: broken picture", "1 times: no caption", "1 times: shorter side below 8",
                  "1 times: more than 100,000,000 pixels", "left out bare.png: no caption"):
         assert line in output, output
@@ -269,7 +269,7 @@ def test_tar_shards(tmp_path):
     whole = (tmp_path / "shards/1.tar").read_bytes()
     (tmp_path / "shards/2.tar").write_bytes(whole[:2100])
     before = set(tmp_path.parent.rglob("*"))
-    output = run("prepare.py", "shards", "--size", 16, "--workers", 0, cwd=tmp_path, processes=2)
+    output = run("prepare.py", "shards", "--size", 16, cwd=tmp_path, processes=2)
     meta = json.loads((tmp_path / "data/shards/meta.json").read_text())
     assert meta["shards"]["shard-00000"] == meta["shards"]["shard-00001"] == 2, output
     assert (tmp_path / "data/shards/shard-00001/captions.txt").read_text() == "an x\na y\n"

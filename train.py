@@ -59,15 +59,12 @@ class Config:
     ema: share = 0.98              # decay of the averaged weights, each step (PRX: 0.999 every 10)
     dtype: Literal["auto", "bf16", "fp32"] = "auto"     # autocast; auto: bf16 if there is hardware
     compile: Literal["auto", "on", "off"] = "auto"      # torch.compile; auto: on CUDA
-    workers: natural = 2           # processes that load, where there is a GPU
-
     def __post_init__(self):
         self.out = self.out or f"out/{Path(self.data).name}"
         if self.batch_size % int(os.getenv("WORLD_SIZE", 1)):
             raise Refused(f"--batch-size {self.batch_size} is not a multiple of the processes")
         if self.width % (4 * self.heads):
             raise Refused(f"--width {self.width} is not a multiple of 4 times --heads {self.heads}")
-
 # -------------------------------------------------------------------------------------- the data
 class Cache(torch.utils.data.Dataset):
     """What prepare.py wrote, mapped into memory; what goes with every batch is on the device."""
@@ -81,10 +78,8 @@ class Cache(torch.utils.data.Dataset):
                                for name in ("mean", "std"))
         null = torch.from_numpy(np.load(folder / "null.npy")).float()
         self.null = pad([null], self.meta["tokens"])[0].to(device)               # (tokens, D)
-
     def __len__(self):
         return int(self.starts[-1])
-
     def __getitems__(self, indices):
         """Latents (B, C, H, W) as they are stored, and text (B, tokens, D), padded with zeros."""
         latents, text = [], torch.zeros(len(indices), *self.null.shape)
@@ -104,7 +99,6 @@ def batches(pictures, config, first_step, rank, world):
     for step in range(first_step, config.steps):
         batch = range(step * config.batch_size, (step + 1) * config.batch_size)
         yield [order(n // pictures)[n % pictures] for n in batch[rank::world]]
-
 # --------------------------------------------------------------------------- model and optimizers
 def make_model(config, meta):
     """The network for a cache. Raises Refused where the patches do not fit its latents."""
@@ -127,15 +121,12 @@ def make_optimizers(network, config):
     adamw = torch.optim.AdamW(rest, config.lr, (0.9, 0.95), weight_decay=0, fused=True)
     return [adamw] if not matrices else [adamw, torch.optim.Muon(
         matrices, config.muon_lr, weight_decay=0, adjust_lr_fn="match_rms_adamw")]
-
 # ------------------------------------------------------------------------------------ the training
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
-FREE = ("out", "save_every", "sample_every", "micro_batch", "compile", "workers")
-
+FREE = ("out", "save_every", "sample_every", "micro_batch", "compile")   # may change on resuming
 def training_inputs(latents, text, cache, config, step, rank):
-    """This process's part of a step's inputs: clean x and noise (B, C, H, W), t (B,) and the text,
-    some captions dropped. Everything random is drawn for the whole batch from seed and step alone,
-    so that it is the same for any number of processes, and after a resume."""
+    """This process's clean x and noise (B, C, H, W), t (B,) and text, some of it dropped. What is
+    random comes from seed and step, the same for any number of processes and after a resume."""
     device, mine = cache.null.device, slice(rank, None, config.batch_size // len(latents))
     generator = torch.Generator(device).manual_seed(config.seed * 2 ** 32 + step)
     shape = config.batch_size, *latents.shape[1:]
@@ -165,7 +156,6 @@ def train(config):
         prepare()
     cache = Cache(data, device)
     meta = cache.meta
-
     # network, optimizers, and what a checkpoint has of them
     torch.manual_seed(config.seed)
     network = make_model(config, meta).to(device)
@@ -191,20 +181,16 @@ def train(config):
     model = torch.nn.parallel.DistributedDataParallel(network) if world > 1 else network
     autocast = torch.autocast(device.type, torch.bfloat16,
                               enabled=config.dtype == "bf16" or config.dtype == "auto" and bf16)
-
-    # what is written on the way
     codec = load_codec(meta["codec"])
     info = {key: meta[key] for key in ("codec", "text", "tokens", "latent_shape", "mean", "std")}
     info |= {"predict": config.predict, "shift": config.shift}
     with open(data / min(meta["shards"]) / "captions.txt", encoding="utf-8") as file:
         prompts = [line.strip() for line in islice(file, 16)]
     prompt_text = cache.__getitems__(range(len(prompts)))[1]
-
     def show():
         with autocast:
             pictures = draw(ema.module, codec, info, prompt_text, cache.null, range(len(prompts)))
         save_png(grid(pictures, prompts, 8), out / "samples" / f"step_{step:06d}.png")
-
     def save():
         ema.module.save_pretrained(out / "ema")
         write_json(out / "ema" / "nanoprx.json", info)
@@ -213,7 +199,6 @@ def train(config):
                         "log_size": os.path.getsize(out / "log.csv"),
                         "network": network.state_dict(), "ema": ema.state_dict(),
                         "optimizers": [optimizer.state_dict() for optimizer in optimizers]}, file)
-
     def finish():
         frames = [Image.open(path) for path in sorted((out / "samples").glob("step_*.png"))]
         with whole_file(out / "learning.gif") as file:
@@ -224,16 +209,15 @@ def train(config):
                 shares = score(ema.module, codec, info, load_text_encoder(meta["text"]))
             print("prompt accuracy:", ", ".join(f"{k} {v:.1%}" for k, v in shares.items()))
         print(f'sample with: python sample.py --run {out} "{prompts[0]}"')
-
     # the loop
     stopped, parent = [], os.getppid()
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda *_: stopped.append(True))
     loader = torch.utils.data.DataLoader(
         cache, batch_sampler=batches(len(cache), config, step, rank, world), collate_fn=tuple,
-        num_workers=config.workers * (device.type == "cuda"), pin_memory=device.type == "cuda")
-    device_name = torch.cuda.get_device_name() if device.type == "cuda" else ""
-    peak = next((flops for name, flops in PEAK_FLOPS.items() if name in device_name), None)
+        num_workers=2 if device.type == "cuda" else 0, pin_memory=device.type == "cuda")
+    gpu = torch.cuda.get_device_name() if device.type == "cuda" else ""
+    peak = next((flops for name, flops in PEAK_FLOPS.items() if name in gpu), None)
     work = 3 * network.flops(*meta["latent_shape"][1:], meta["tokens"])
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
@@ -270,7 +254,6 @@ def train(config):
         bar.update()
         if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != parent:
             stopped.append(True)              # torchrun was killed; do not go on without it
-
         last, keep = step == config.steps, step % config.save_every == 0
         look = last or step % config.sample_every == 0
         if not (last or keep or look or step % 10 == 0 or world == 1 and stopped):
