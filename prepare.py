@@ -29,6 +29,7 @@ import shutil
 import tarfile
 from collections import Counter, namedtuple
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -376,23 +377,21 @@ def prepare(
     left = limit // world + (rank < limit % world)
     bar = tqdm(unit=" pictures", desc=str(out), total=left if left < 10 ** 8 else None,
                disable=None if rank == 0 else True)
-    for number, part in enumerate(parts):
-        if number % world == rank and left > 0:
-            folder = out / f"shard-{number:05d}"
-            if not folder.exists():
-                write_shard(folder, part()[:left], settings, codec, encode_text, bar)
-            left -= read_json(folder / "shard.json")["seen"]
+    for number, part in islice(enumerate(parts), rank, None, world):
+        folder = out / f"shard-{number:05d}"
+        if not folder.exists():
+            write_shard(folder, part()[:left], settings, codec, encode_text, bar)
+        left -= read_json(folder / "shard.json")["seen"]
         if left <= 0:
             break
     bar.close()
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("gloo")
-    if world > 1:
-        dist.barrier()                        # all shards are there
+    wait = dist.barrier if world > 1 else lambda: None
+    wait()                                    # for all shards
     if rank == 0:
         finish(out, settings, codec, encode_text)
-    if world > 1:
-        dist.barrier()                        # meta.json is there
+    wait()                                    # for meta.json
 
 def refuse_differences(folder, old, new, free=()):
     """Raise Refused if a folder's settings and new ones differ in others than the free ones."""

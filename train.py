@@ -184,9 +184,11 @@ def train(config):
     codec = load_codec(meta["codec"])
     info = {key: meta[key] for key in ("codec", "text", "tokens", "latent_shape", "mean", "std")}
     info |= {"predict": config.predict, "shift": config.shift}
-    with open(data / min(meta["shards"]) / "captions.txt", encoding="utf-8") as file:
+    first = next(shard for shard, pictures in meta["shards"].items() if pictures)
+    with open(data / first / "captions.txt", encoding="utf-8") as file:
         prompts = [line.strip() for line in islice(file, 16)]
     prompt_text = cache.__getitems__(range(len(prompts)))[1]
+
     def show():
         with autocast:
             pictures = draw(ema.module, codec, info, prompt_text, cache.null, range(len(prompts)))
@@ -200,16 +202,15 @@ def train(config):
                         "network": network.state_dict(), "ema": ema.state_dict(),
                         "optimizers": [optimizer.state_dict() for optimizer in optimizers]}, file)
     def finish():
-        frames = [Image.open(path) for path in sorted((out / "samples").glob("step_*.png"))]
+        first, *others = (Image.open(path) for path in sorted((out / "samples").glob("*.png")))
         with whole_file(out / "learning.gif") as file:
-            frames[0].save(file, "gif", save_all=True, append_images=frames[1:], duration=400)
+            first.save(file, "gif", save_all=True, append_images=others, duration=400, loop=0)
         print(f"{out}: {step:,} steps in {seconds / 60:.1f} minutes")
         if meta["source"] == "scenes":
             with autocast:
                 shares = score(ema.module, codec, info, load_text_encoder(meta["text"]))
             print("prompt accuracy:", ", ".join(f"{k} {v:.1%}" for k, v in shares.items()))
         print(f'sample with: python sample.py --run {out} "{prompts[0]}"')
-    # the loop
     stopped, parent = [], os.getppid()
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda *_: stopped.append(True))
