@@ -125,7 +125,7 @@ def sample(
         print(f"{out} shows {len(pictures)} pictures")
         return
     for number, picture in enumerate(pictures):
-        save_png(Image.fromarray(picture), path := f"{out}/{number:04d}.png")
+        save_png(Image.fromarray(picture), path := f"{Path(out)}/{number:04d}.png")
         print(f"{path}: {prompts[number]} (seed {seeds[number]})")
 
 if __name__ == "__main__":
