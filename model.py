@@ -3,7 +3,6 @@
 - only image tokens flow through the blocks; each block projects the text to keys and values anew
 - image queries attend to text and image keys in one attention call, RMSNorm on queries and keys
 - positions come from a 2-D rotary embedding of the image tokens; text tokens carry none
-- the timestep steers every block by a shift, a scale and a gate that start at zero
 - parameters carry the names of diffusers' `PRXTransformer2DModel`: weights go both ways unconverted
 """
 import contextlib

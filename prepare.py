@@ -159,8 +159,7 @@ Image.MAX_IMAGE_PIXELS = None                    # Pillow only warns at first; l
 def load_picture(path, offset, length):
     """The picture in a stretch of a file: RGB, upright, and on white where it is transparent."""
     try:
-        data = np.fromfile(path, np.uint8, length, offset=offset)
-        picture = Image.open(io.BytesIO(data.tobytes()))
+        picture = Image.open(io.BytesIO(np.fromfile(path, np.uint8, length, offset=offset)))
         if picture.width * picture.height > MAX_PIXELS:
             raise Refused(f"more than {MAX_PIXELS:,} pixels")
         picture = ImageOps.exif_transpose(picture)
@@ -457,7 +456,9 @@ def finish(out, settings, codec, encode_text):
         print(f"{times:,} times: {reason}")
     total, side = sum(shard["count"] for shard in shards), settings["size"] // codec.factor
     if not total:
-        shutil.rmtree(out)
+        for folder in folders:                # and nothing else that may lie in --out
+            shutil.rmtree(folder)
+        (out / "settings.json").unlink()
         raise Refused(f"no picture in {settings['source']} can be used")
     mean, squares = sum(np.array(shard["sums"]) for shard in shards) / (total * side ** 2)
     tokens = [np.diff(np.load(folder / "offsets.npy")).max(initial=0) for folder in folders]
