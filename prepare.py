@@ -7,7 +7,7 @@ A caption stands beside its picture under the same name, in a .txt or in a .json
 `caption` or `text`), or in a metadata.jsonl or metadata.csv (as `file_name` and `text`).
 
     data/scenes/meta.json                 sizes, encoders, mean and std per channel
-                null.npy                  the embedding of the empty caption (L, D)
+                null.npy                  the embedding of the empty caption (tokens, D)
                 shard-00000/latents.npy   (N, C, H, W)
                             text.npy      (sum of all L, D), one caption behind the other ...
                             offsets.npy   (N + 1), ... caption i in rows offsets[i]:offsets[i + 1]
@@ -35,7 +35,6 @@ from typing import Literal, get_args
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -50,8 +49,8 @@ COLOURS = {"red": (225, 35, 40), "green": (40, 165, 70), "blue": (40, 85, 225),
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "ring")
 PLACES = {"top left": (-1, -1), "top": (0, -1), "top right": (1, -1), "left": (-1, 0),
           "right": (1, 0), "bottom left": (-1, 1), "bottom": (0, 1), "bottom right": (1, 1)}
-RELATIONS = {"left": "left of", "right": "right of", "top": "above", "bottom": "below"}
-OPPOSITE = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}
+FACING = {"left": ("left of", "right"), "right": ("right of", "left"),
+          "top": ("above", "bottom"), "bottom": ("below", "top")}
 NEVER_TRAINED = {("red", "triangle"), ("blue", "ring"), ("yellow", "cross"), ("green", "diamond")}
 STEP = 0.27                    # from the centre of the picture to a place, in picture widths
 Thing = namedtuple("Thing", "colour shape place x y radius")     # lengths in picture widths
@@ -64,8 +63,8 @@ def random_scene(rng, split="train"):
         ground, *colours = rng.permutation(list(COLOURS)).tolist()
         places = [rng.choice(list(PLACES)).item()]
         if rng.random() < 0.6:
-            first = rng.choice(list(OPPOSITE)).item()
-            places = [first, OPPOSITE[first]]
+            places = [rng.choice(list(FACING)).item()]
+            places.append(FACING[places[0]][1])
         things = []
         for colour, place in zip(colours, places):
             x, y = 0.5 + STEP * np.array(PLACES[place]) + rng.uniform(-0.02, 0.02, 2)
@@ -84,7 +83,7 @@ def caption(scene, short=False):
     if short:
         return " and ".join(names)
     place = scene.things[0].place
-    where = f"{RELATIONS[place]} {names[1]}" if names[1:] else f"at the {place}"
+    where = f"{FACING[place][0]} {names[1]}" if names[1:] else f"at the {place}"
     return f"{names[0]} {where} on a {scene.ground} ground"
 
 def coverage(thing, size):
@@ -114,7 +113,6 @@ def read_scene(picture):
     def colour_of(pixels):
         median = np.median(pixels.reshape(-1, 3), axis=0)
         return min(COLOURS, key=lambda name: np.linalg.norm(median - COLOURS[name])), median
-
     picture, size, things = picture.astype(np.float32), len(picture), []
     centres = (np.arange(size) + 0.5) / size
     near = {place: np.hypot(centres - 0.5 - STEP * dx, centres[:, None] - 0.5 - STEP * dy) < STEP
@@ -156,10 +154,11 @@ ENDINGS = {ending for ending, kind in Image.registered_extensions().items() if k
 MAX_PIXELS = 100_000_000
 Image.MAX_IMAGE_PIXELS = None                    # Pillow only warns at first; load_picture refuses
 
-def load_picture(path, offset, length):
-    """The picture in a stretch of a file: RGB, upright, and on white where it is transparent."""
+def load_picture(read):
+    """The picture in the bytes that read() gives: RGB, upright, on white where it is transparent.
+    Raises Refused where there is none."""
     try:
-        picture = Image.open(io.BytesIO(np.fromfile(path, np.uint8, length, offset=offset)))
+        picture = Image.open(io.BytesIO(read()))
         if picture.width * picture.height > MAX_PIXELS:
             raise Refused(f"more than {MAX_PIXELS:,} pixels")
         picture = ImageOps.exif_transpose(picture)
@@ -172,57 +171,51 @@ def load_picture(path, offset, length):
     except Exception as error:         # Pillow's decoders raise whatever they come upon
         raise error if isinstance(error, Refused) else Refused("broken picture")
 
-def list_files(source):
-    """Yield (stem, name, path, offset, length) of each file in a folder or a tar, never unpacked.
-    Files of one stem belong together: it ends at the last dot, in a tar (WebDataset) the first."""
-    if source.is_dir():
-        for path in sorted(source.rglob("*")):
-            if path.is_file():
-                name = path.relative_to(source)
-                yield str(name.with_suffix("")), str(name), path, 0, -1
-        return
-    try:
-        with tarfile.open(source, "r:") as tar:
-            for member in filter(tarfile.TarInfo.isfile, tar):
-                stem = re.match(r"(?s)(.*/)?[^.]*", member.name).group()
-                yield stem, member.name, source, member.offset_data, member.size
-    except tarfile.TarError as error:
-        print(f"{source} is read only up to a point: {error}")
-
 def read_captions(stem, name, text):
-    """The captions, by the picture's stem or name, in the text of a file beside the pictures."""
+    """Yield captions with their picture's stem or name, from the text of a file beside pictures."""
     if name.endswith(".txt"):
-        return {stem: text}
-    if name.endswith(".json"):
+        yield stem, text
+    elif name.endswith(".json"):
         found = json.loads(text)
-        return {stem: found[key] for key in ("text", "caption", "prompt") if found.get(key)}
-    lines = text.splitlines()
-    rows = csv.DictReader(lines) if name.endswith(".csv") else map(json.loads, lines)
-    return {os.path.join(os.path.dirname(name), row["file_name"]): row["text"] for row in rows}
+        yield stem, found.get("prompt") or found.get("caption") or found.get("text") or ""
+    else:
+        rows = text.splitlines()
+        for row in csv.DictReader(rows) if name.endswith(".csv") else map(json.loads, rows):
+            yield os.path.join(os.path.dirname(name), row["file_name"]), row["text"]
 
 def list_items(source):
-    """The items of a folder with those in it, or of a tar."""
-    pictures, captions = [], {}
-    for stem, name, path, offset, length in list_files(source):
+    """The items of a folder with those in it, or of a tar (WebDataset), never unpacked. Files of
+    one stem belong together: it ends at the last dot, in a tar at the first."""
+    files, pictures, captions = [], [], {}
+    if source.is_dir():
+        files = [(str(path.relative_to(source)), path, -1, 0)
+                 for path in sorted(source.rglob("*")) if path.is_file()]
+    else:
+        try:
+            with tarfile.open(source, "r:") as tar:
+                for member in filter(tarfile.TarInfo.isfile, tar):
+                    files.append((member.name, source, member.size, member.offset_data))
+        except tarfile.TarError as error:
+            print(f"{source} is read only up to a point: {error}")
+    for name, path, length, offset in files:
+        read = partial(np.fromfile, path, np.uint8, length, offset=offset)
+        stem = re.match(r"(?s)(.*/)?[^.]*" if path == source else r"(?s).*(?=\.)|", name).group()
         if Path(name.lower()).suffix in ENDINGS:
-            pictures.append((stem, name, partial(load_picture, path, offset, length)))
+            pictures.append((stem, name, partial(load_picture, read)))
         elif name.endswith((".txt", ".json", "metadata.jsonl", "metadata.csv")):
-            with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError, csv.Error):
-                data = np.fromfile(path, np.uint8, length, offset=offset)
-                captions |= read_captions(stem, name, data.tobytes().decode("utf-8-sig"))
+            try:
+                captions.update(read_captions(stem, name, read().tobytes().decode("utf-8-sig")))
+            except Exception as error:             # json and csv raise whatever they come upon
+                print(f"{name} is read only up to a point: {error!r}")
     return [(name, str(captions.get(name) or captions.get(stem, "")), load)
             for stem, name, load in pictures]
 
 def list_scenes(first, size, short):
-    """The items of a part of the scenes; a scene's number is its seed."""
-    items = []
-    for number in range(first, first + PART):
-        scene = random_scene(np.random.default_rng(number))
-        text = caption(scene, short)
-        if number % 5 == 0:                  # so that a prompt, too, may leave the ground open
-            text = text.split(" on a ")[0]
-        items.append(("", text, lambda scene=scene: Image.fromarray(render(scene, size))))
-    return items
+    """The items of a part of the scenes; a scene's number is its seed. Every fifth caption leaves
+    the ground open, so that a prompt may."""
+    scenes = [(n, random_scene(np.random.default_rng(n))) for n in range(first, first + PART)]
+    return [("", caption(scene, short).split("\n" if n % 5 else " on a ")[0],
+             lambda scene=scene: Image.fromarray(render(scene, size))) for n, scene in scenes]
 
 def list_parts(source, size=32, short=False):
     """The parts of a source, each a function that gives its items. A source is "scenes" (which
@@ -233,8 +226,7 @@ def list_parts(source, size=32, short=False):
     if tars := [path] if path.is_file() else sorted(path.glob("*.tar")):
         return [partial(list_items, tar) for tar in tars]
     if items := list_items(path) if path.is_dir() else []:
-        return [partial(items.__getitem__, slice(first, first + PART))
-                for first in range(0, len(items), PART)]
+        return [partial(items.__getitem__, slice(n, n + PART)) for n in range(0, len(items), PART)]
     raise Refused(f"{source} is neither a tar file nor a folder with pictures or tar files in it")
 
 def load_squares(items, size, min_size):
@@ -243,7 +235,7 @@ def load_squares(items, size, min_size):
     captions, pictures, left_out = [], [], []
     for name, text, load in items:
         try:
-            text = " ".join(text.replace("\0", " ").split())
+            text = " ".join(text.encode(errors="replace").decode().replace("\0", " ").split())
             if not text:
                 raise Refused("no caption")
             picture = load()
@@ -253,7 +245,7 @@ def load_squares(items, size, min_size):
             pictures.append(np.asarray(picture))
             captions.append(text)
         except Refused as reason:
-            left_out.append((name, str(reason)))
+            left_out.append((name.encode(errors="replace").decode(), str(reason)))
     return captions, pictures, left_out
 
 def read_source(source):
@@ -291,8 +283,7 @@ class Words:
             for row, word in zip(rows[1:], words):       # uniform numbers, mean 0 and variance 1
                 numbers = np.frombuffer(hashlib.shake_256(word.encode()).digest(32), np.uint8)
                 row[:] = (numbers / 127.5 - 1) * 3 ** 0.5
-            rows = np.concatenate((rows[1:-1], rows[:-2], rows[2:]), axis=1)
-            embeddings.append(torch.from_numpy(rows))
+            embeddings.append(torch.from_numpy(np.hstack((rows[1:-1], rows[:-2], rows[2:]))))
         return embeddings
 
 def load_text_encoder(name):
@@ -326,11 +317,10 @@ def run_script(settings, description, run=lambda done: done, **nargs):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     comments = dict(re.findall(r"(?m)^    (\w+):[^#\n]*# +(.*)$", inspect.getsource(settings)))
     for name, flag in inspect.signature(settings).parameters.items():
-        how = {"type": flag.annotation}
+        choices = get_args(flag.annotation)                         # of Literal["one", "other"]
+        how = {"choices": choices} if choices else {"type": flag.annotation}
         if flag.annotation is bool:
             how = {"action": "store_true"}
-        elif get_args(flag.annotation):                                 # Literal["one", "other"]
-            how = {"choices": get_args(flag.annotation)}
         if name in nargs:
             how["nargs"] = nargs[name]
         parser.add_argument(name if name in nargs else "--" + name.replace("_", "-"), **how,
@@ -367,12 +357,11 @@ def prepare(
     codec, encode_text = load_codec(codec), load_text_encoder(text)
     if captions == "short" and not scenes:
         raise Refused("--captions short is for scenes; other pictures have what they have")
-    if size % codec.factor:
-        raise Refused(f"--size {size} is not a multiple of {codec.factor}, the codec's factor")
     parts = list_parts(source, size, captions == "short")
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "settings.json", settings)
     rank, world = int(os.getenv("RANK", 0)), int(os.getenv("WORLD_SIZE", 1))
+    out.mkdir(parents=True, exist_ok=True)
+    if rank == 0:
+        write_json(out / "settings.json", settings)
     left = limit // world + (rank < limit % world)
     bar = tqdm(unit=" pictures", desc=str(out), total=left if left < 10 ** 8 else None,
                disable=None if rank == 0 else True)
@@ -384,9 +373,9 @@ def prepare(
         if left <= 0:
             break
     bar.close()
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("gloo")
-    wait = dist.barrier if world > 1 else lambda: None
+    if world > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo")
+    wait = torch.distributed.barrier if world > 1 else lambda: None
     wait()                                    # for all shards
     if rank == 0:
         finish(out, settings, codec, encode_text)
@@ -461,13 +450,13 @@ def finish(out, settings, codec, encode_text):
         (out / "settings.json").unlink()
         raise Refused(f"no picture in {settings['source']} can be used")
     mean, squares = sum(np.array(shard["sums"]) for shard in shards) / (total * side ** 2)
-    tokens = [np.diff(np.load(folder / "offsets.npy")).max(initial=0) for folder in folders]
-    np.save(out / "null.npy", encode_text([""])[0].half().cpu().numpy())
+    tokens = int(max(np.diff(np.load(folder / "offsets.npy")).max(initial=0) for folder in folders))
+    np.save(out / "null.npy", pad(encode_text([""]), tokens)[0].half().numpy())
     write_json(out / "meta.json", {
         **settings, "count": total, "shards": {f.name: s["count"] for f, s in zip(folders, shards)},
         "latent_shape": [codec.channels, side, side], "dtype": codec.dtype,
         "mean": mean.tolist(), "std": np.sqrt((squares - mean ** 2).clip(1e-6)).tolist(),
-        "text_dim": encode_text.dim, "tokens": int(max(tokens))})
+        "text_dim": encode_text.dim, "tokens": tokens})
     print(f"{out} holds {total:,} pictures")
 
 if __name__ == "__main__":
