@@ -4,6 +4,7 @@
     python sample.py "a boat on a lake" --run out/photos --n 4 --out boats/     # single files
     python sample.py --score                             # the prompt accuracy on held-out scenes
 """
+import os
 import textwrap
 from pathlib import Path
 
@@ -62,8 +63,7 @@ def grid(pictures, prompts, columns):
     height, width = pictures.shape[1:3]
     scale = -(-128 // width)
     lines = ["\n".join(textwrap.wrap(prompt, width * scale // 6)[:4]) for prompt in prompts]
-    below = 15 * max(line.count("\n") + 1 for line in lines) + 8
-    step_x, step_y = width * scale + 8, height * scale + below
+    step_x, step_y = width * scale + 8, height * scale + 68           # with room for four lines
     sheet = Image.new("RGB", (columns * step_x, -(-len(pictures) // columns) * step_y), "white")
     for number, (picture, line) in enumerate(zip(pictures, lines)):
         x, y = number % columns * step_x + 4, number // columns * step_y + 4
@@ -82,7 +82,8 @@ def save_png(picture, path):
 def pick_device():
     """The device, CUDA before Apple's MPS before the CPU, and whether it computes in bf16."""
     if torch.cuda.is_available():
-        return torch.device("cuda"), torch.cuda.is_bf16_supported()
+        torch.cuda.set_device(int(os.getenv("LOCAL_RANK", 0)))                       # of torchrun
+        return torch.device("cuda", torch.cuda.current_device()), torch.cuda.is_bf16_supported()
     if torch.backends.mps.is_available():
         return torch.device("mps"), False
     bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -102,7 +103,7 @@ def sample(
     """Draw the prompts with a trained model, or score it. Raises Refused where the run is none."""
     prompts = list(prompts)
     if file:
-        prompts += filter(None, Path(file).read_text("utf-8").splitlines())
+        prompts += filter(None, Path(file).read_text("utf-8", "replace").splitlines())
     if not prompts and not score:
         raise Refused("give a prompt, --file or --score")
     folder = fetch(run, "*.json", "*.safetensors")

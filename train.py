@@ -1,32 +1,29 @@
 """Train a text-to-image model on a cache of latents, by the PRX recipe.
 
     torchrun train.py                                     # the built-in scenes, minutes on a laptop
-    torchrun train.py --data data/photos --steps 20000
     torchrun --nproc_per_node=8 train.py --data data/photos --batch-size 1024
 
 The same command again goes on where the run stopped. The folder of a run, out/scenes, holds
 `ckpt.pt`, `ema/` (the averaged weights, to sample with), `log.csv`, `samples/`, `learning.gif`.
 """
-import math
 import os
 import signal
 import time
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from itertools import islice
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from PIL import Image
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from model import (PRX, PRXConfig, Refused, add_noise, read_json, sample_timesteps, velocity,
                    whole_file, write_json)
-from prepare import (count, load_codec, load_text_encoder, natural, pad, positive, prepare,
+from prepare import (count, load_codec, load_text_encoder, natural, positive, prepare,
                      refuse_differences, run_script, share)
 from sample import draw, grid, pick_device, save_png, score
 
@@ -35,16 +32,16 @@ class Config:
     """All settings of a run. Each field is a flag, and its comment the help."""
     data: str = "data/scenes"      # a cache that prepare.py wrote
     out: str = ""                  # folder of the run; "": out/ and the cache's name
-    steps: count = 2400            # optimizer steps
-    batch_size: count = 64         # pictures in a step, over all processes
+    steps: count = 1400            # optimizer steps
+    batch_size: count = 128        # pictures in a step, over all processes
     micro_batch: natural = 0       # pictures a process takes at once, to save memory; 0: all
     seed: natural = 0              # of the weights, the order, the noise and the timesteps
     save_every: count = 500        # steps from checkpoint to checkpoint
     sample_every: count = 200      # steps from sample grid to sample grid
     patch_size: count = 8          # a token is patch_size x patch_size latents
     width: count = 128             # hidden size of the network
-    depth: count = 4               # blocks
-    heads: count = 2               # attention heads
+    depth: count = 3               # blocks
+    heads: count = 4               # attention heads
     mlp_ratio: positive = 3.0      # width of the MLP over hidden size
     bottleneck: natural = 64       # width of the patches' bottleneck (PRX: 256 at 32 px); 0: none
     predict: Literal["x", "v"] = "x"                    # clean picture (JiT) or velocity
@@ -66,30 +63,55 @@ class Config:
         if self.width % (4 * self.heads):
             raise Refused(f"--width {self.width} is not a multiple of 4 times --heads {self.heads}")
 # -------------------------------------------------------------------------------------- the data
+def load_array(path, dtype, *shape):
+    """The .npy file of that type and shape, mapped into memory. Raises Refused where it is missing,
+    broken, another, or not finite."""
+    try:
+        array = np.load(path, mmap_mode="r")
+        right = (array.dtype, array.shape) == (dtype, shape) and all(
+            np.isfinite(array[row:row + 1024]).all() for row in range(0, len(array), 1024))
+    except (OSError, ValueError, EOFError) as error:
+        raise Refused(f"{path} cannot be used: {error}")
+    if not right:
+        raise Refused(f"{path} does not hold finite {dtype} numbers of shape {shape}, as meta.json "
+                      "has it; prepare the cache anew")
+    return array
+
 class Cache(torch.utils.data.Dataset):
-    """What prepare.py wrote, mapped into memory; what goes with every batch is on the device."""
+    """What prepare.py wrote, mapped into memory; what goes with every batch is on the device.
+    Raises Refused where a file is missing or broken, or does not fit meta.json."""
     def __init__(self, folder, device):
-        self.meta = read_json(folder / "meta.json")
-        self.shards = [{name: np.load(folder / shard / f"{name}.npy", mmap_mode="r")
-                        for name in ("latents", "text", "offsets")}
-                       for shard, pictures in self.meta["shards"].items() if pictures]
-        self.starts = np.cumsum([0] + [len(shard["latents"]) for shard in self.shards])
-        self.mean, self.std = (torch.tensor(self.meta[name], device=device)[:, None, None]
-                               for name in ("mean", "std"))
-        null = torch.from_numpy(np.load(folder / "null.npy")).float()
-        self.null = pad([null], self.meta["tokens"])[0].to(device)               # (tokens, D)
+        self.meta, self.shards = read_json(folder / "meta.json"), []
+        try:
+            shape, dim, tokens = (self.meta[key] for key in ("latent_shape", "text_dim", "tokens"))
+            for name, pictures in self.meta["shards"].items():
+                shard = folder / name
+                offsets = load_array(shard / "offsets.npy", "int64", pictures + 1)
+                lengths = np.diff(offsets, prepend=0)
+                if offsets[0] or lengths.min() < 0 or lengths.max() > tokens:
+                    raise Refused(f"{shard}/offsets.npy does not rise from 0 by up to {tokens}")
+                self.shards.append((
+                    load_array(shard / "latents.npy", self.meta["dtype"], pictures, *shape),
+                    load_array(shard / "text.npy", "float16", offsets[-1], dim), offsets))
+            self.starts = np.cumsum([0, *self.meta["shards"].values()])
+            self.mean, self.std = (torch.tensor(self.meta[key], device=device)[:, None, None]
+                                   for key in ("mean", "std"))
+            null = load_array(folder / "null.npy", "float16", tokens, dim)
+            self.null = torch.tensor(null, device=device).float()                # (tokens, D)
+        except (LookupError, TypeError, AttributeError) as error:
+            raise Refused(f"{folder}/meta.json does not describe a cache: {error!r}")
     def __len__(self):
         return int(self.starts[-1])
     def __getitems__(self, indices):
         """Latents (B, C, H, W) as they are stored, and text (B, tokens, D), padded with zeros."""
-        latents, text = [], torch.zeros(len(indices), *self.null.shape)
-        for row, index in zip(text, indices):
+        some_latents, some_text = [], torch.zeros(len(indices), *self.null.shape)
+        for row, index in zip(some_text, indices):
             number = np.searchsorted(self.starts, index, "right") - 1
-            shard, index = self.shards[number], index - self.starts[number]
-            begin, end = shard["offsets"][index:index + 2]
-            latents.append(shard["latents"][index])
-            row[:end - begin] = torch.from_numpy(shard["text"][begin:end].astype(np.float32))
-        return torch.from_numpy(np.stack(latents)), text
+            (latents, text, offsets), index = self.shards[number], index - self.starts[number]
+            begin, end = offsets[index:index + 2]
+            some_latents.append(latents[index])
+            row[:end - begin] = torch.from_numpy(text[begin:end].astype(np.float32))
+        return torch.from_numpy(np.stack(some_latents)), some_text
 
 def batches(pictures, config, first_step, rank, world):
     """Yield for each step the numbers of this process's pictures, from seed and step alone, so that
@@ -141,22 +163,18 @@ def training_inputs(latents, text, cache, config, step, rank):
 def train(config):
     """Train as the config says, or go on with what is in its folder. Raises Refused where data are
     missing, the folder holds a run with other settings, or the loss is not finite."""
-    # processes and data
     device, bf16 = pick_device()
     rank, world = int(os.getenv("RANK", 0)), int(os.getenv("WORLD_SIZE", 1))
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.getenv("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     data, out = Path(config.data), Path(config.out)
     if not (data / "meta.json").exists():
         if config.data != Config.data:
             raise Refused(f"there is no cache in {data}; python prepare.py SOURCE --out {data}")
-        prepare()
+        make_model(config, {"latent_shape": (3, 32, 32), "text_dim": 1})     # refuses what does not
+        prepare()                                                            # fit the scenes first
     cache = Cache(data, device)
     meta = cache.meta
-    # network, optimizers, and what a checkpoint has of them
     torch.manual_seed(config.seed)
     network = make_model(config, meta).to(device)
     ema = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
@@ -165,14 +183,14 @@ def train(config):
     if checkpoint.exists():
         try:
             state = torch.load(checkpoint, map_location=device, weights_only=True)
+            refuse_differences(out, state["config"], asdict(config), FREE)
+            step, seconds, log_size = state["step"], state["seconds"], state["log_size"]
+            network.load_state_dict(state["network"])
+            ema.load_state_dict(state["ema"])
+            for optimizer, kept in zip(optimizers, state["optimizers"]):
+                optimizer.load_state_dict(kept)
         except Exception as error:             # torch.load raises many kinds for a broken file
-            raise Refused(f"{checkpoint} cannot be loaded: {str(error)[:200]}")
-        refuse_differences(out, state["config"], asdict(config), FREE)
-        step, seconds, log_size = state["step"], state["seconds"], state["log_size"]
-        network.load_state_dict(state["network"])
-        ema.load_state_dict(state["ema"])
-        for optimizer, kept in zip(optimizers, state["optimizers"]):
-            optimizer.load_state_dict(kept)
+            raise Refused(f"{checkpoint} cannot go on: {str(error)[:600]}")
         if step == config.steps:
             print(f"{out} is finished; sample with: python sample.py --run {out} PROMPT")
             return
@@ -186,9 +204,8 @@ def train(config):
     info |= {"predict": config.predict, "shift": config.shift}
     first = next(shard for shard, pictures in meta["shards"].items() if pictures)
     with open(data / first / "captions.txt", encoding="utf-8") as file:
-        prompts = [line.strip() for line in islice(file, 16)]
+        prompts = [line.strip() for line, _ in zip(file, range(16))]
     prompt_text = cache.__getitems__(range(len(prompts)))[1]
-
     def show():
         with autocast:
             pictures = draw(ema.module, codec, info, prompt_text, cache.null, range(len(prompts)))
@@ -219,7 +236,11 @@ def train(config):
         num_workers=2 if device.type == "cuda" else 0, pin_memory=device.type == "cuda")
     gpu = torch.cuda.get_device_name() if device.type == "cuda" else ""
     peak = next((flops for name, flops in PEAK_FLOPS.items() if name in gpu), None)
-    work = 3 * network.flops(*meta["latent_shape"][1:], meta["tokens"])
+    if peak:                                  # count the products of a forward pass, not doing any
+        with FlopCounterMode(display=False) as counter, torch.device("meta"):
+            make_model(config, meta)(torch.empty(1, *meta["latent_shape"]), torch.empty(1),
+                                     torch.empty(1, meta["tokens"], meta["text_dim"]))
+        work = 3 * counter.get_total_flops()  # backward takes twice as much again
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         log = open(out / "log.csv", "a", buffering=1)
@@ -262,9 +283,9 @@ def train(config):
         loss = torch.stack(losses).mean() / world
         shared = torch.stack((loss, torch.full_like(loss, len(stopped))))
         if world > 1:                         # told to stop, all stop at the same step
-            dist.all_reduce(shared)
+            torch.distributed.all_reduce(shared)
         loss, stop = shared.tolist()
-        if not math.isfinite(loss + norm.item()):
+        if not np.isfinite(loss + norm.item()):
             raise Refused(f"the loss is not finite at step {step}: lower --lr and --muon-lr; "
                           f"what {out} keeps is from before that")
         took, since = time.perf_counter() - since, time.perf_counter()
@@ -286,8 +307,8 @@ def train(config):
     elif rank == 0:
         finish()
     if world > 1:
-        dist.barrier()                        # while the first process still draws and scores
-        dist.destroy_process_group()
+        torch.distributed.barrier()           # while the first process still draws and scores
+        torch.distributed.destroy_process_group()
 
 if __name__ == "__main__":
     run_script(Config, __doc__, train)
