@@ -211,10 +211,10 @@ def list_items(source):
             for stem, name, load in pictures]
 
 def list_scenes(first, size, short):
-    """The items of a part of the scenes; a scene's number is its seed. Every fifth caption leaves
+    """The items of a part of the scenes; a scene's number is its seed. Every third caption leaves
     the ground open, so that a prompt may."""
     scenes = [(n, random_scene(np.random.default_rng(n))) for n in range(first, first + PART)]
-    return [("", caption(scene, short).split("\n" if n % 5 else " on a ")[0],
+    return [("", caption(scene, short).split("\n" if n % 3 else " on a ")[0],
              lambda scene=scene: Image.fromarray(render(scene, size))) for n, scene in scenes]
 
 def list_parts(source, size=32, short=False):

@@ -131,7 +131,7 @@ def make_model(config, meta):
         in_channels=channels, patch_size=config.patch_size, context_in_dim=meta["text_dim"],
         hidden_size=config.width, mlp_ratio=config.mlp_ratio, num_heads=config.heads,
         depth=config.depth, axes_dim=(config.width // config.heads // 2,) * 2,
-        bottleneck_size=config.bottleneck or None))
+        theta=100, bottleneck_size=config.bottleneck or None))  # PRX's theta: 10000 (see 2403.13298)
 
 def make_optimizers(network, config):
     """AdamW, and Muon (kellerjordan.github.io/posts/muon) for the matrices inside the blocks, its
