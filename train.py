@@ -68,8 +68,8 @@ def load_array(path, dtype, *shape):
     broken, another, or not finite."""
     try:
         array = np.load(path, mmap_mode="r")
-        right = (array.dtype, array.shape) == (dtype, shape) and all(
-            np.isfinite(array[row:row + 1024]).all() for row in range(0, len(array), 1024))
+        right = (array.dtype, array.shape) == (dtype, shape) and (array.dtype.kind != "f" or all(
+            np.isfinite(array[row:row + 1024]).all() for row in range(0, len(array), 1024)))
     except (OSError, ValueError, EOFError) as error:
         raise Refused(f"{path} cannot be used: {error}")
     if not right:
@@ -131,7 +131,7 @@ def make_model(config, meta):
         in_channels=channels, patch_size=config.patch_size, context_in_dim=meta["text_dim"],
         hidden_size=config.width, mlp_ratio=config.mlp_ratio, num_heads=config.heads,
         depth=config.depth, axes_dim=(config.width // config.heads // 2,) * 2,
-        theta=100, bottleneck_size=config.bottleneck or None))  # PRX's theta: 10000 (see 2403.13298)
+        theta=100, bottleneck_size=config.bottleneck or None))  # PRX: theta 10000 (see 2403.13298)
 
 def make_optimizers(network, config):
     """AdamW, and Muon (kellerjordan.github.io/posts/muon) for the matrices inside the blocks, its
@@ -171,8 +171,8 @@ def train(config):
     if not (data / "meta.json").exists():
         if config.data != Config.data:
             raise Refused(f"there is no cache in {data}; python prepare.py SOURCE --out {data}")
-        make_model(config, {"latent_shape": (3, 32, 32), "text_dim": 1})     # refuses what does not
-        prepare()                                                            # fit the scenes first
+        make_model(config, {"latent_shape": (3, 32, 32), "text_dim": 1})  # refuses what does not fit
+        prepare()
     cache = Cache(data, device)
     meta = cache.meta
     torch.manual_seed(config.seed)
