@@ -171,7 +171,7 @@ def train(config):
     if not (data / "meta.json").exists():
         if config.data != Config.data:
             raise Refused(f"there is no cache in {data}; python prepare.py SOURCE --out {data}")
-        make_model(config, {"latent_shape": (3, 32, 32), "text_dim": 1})  # refuses what does not fit
+        make_model(config, {"latent_shape": (3, 32, 32), "text_dim": 1})  # refuses misfits first
         prepare()
     cache = Cache(data, device)
     meta = cache.meta
