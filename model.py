@@ -40,8 +40,8 @@ class PRXConfig:
         self.axes_dim = tuple(self.axes_dim or (32, 32))
         if [dim % 2 for dim in self.axes_dim] != [0, 0] \
                 or sum(self.axes_dim) * self.num_heads != self.hidden_size:
-            raise Refused(f"{self.num_heads} heads of two even axes_dim, {self.axes_dim}, do not "
-                          f"make a hidden size of {self.hidden_size}")
+            raise Refused(f"a width of {self.hidden_size} is not {self.num_heads} heads of two "
+                          f"even axes_dim, {self.axes_dim}")
 
 @lru_cache(maxsize=8)
 def rope_table(rows, columns, axes_dim, theta, device):
@@ -140,10 +140,8 @@ class PRX(nn.Module):
         clean latents or velocity (B, C, H, W). Rows of zeros in text are padding; they become the
         bias of `txt_in`, one token that the model learns to ignore, so that attention can take the
         flash kernel. mask (B, L), False at padding, is for models trained with one."""
-        patch, (height, width) = self.config.patch_size, x.shape[-2:]
-        if height % patch or width % patch:
-            raise Refused(f"a patch of {patch} does not divide latents of {height} x {width}")
-        grid = height // patch, width // patch
+        patch = self.config.patch_size
+        grid = x.shape[2] // patch, x.shape[3] // patch
         rope = rope_table(*grid, self.config.axes_dim, self.config.theta, x.device)
         return self.network(x, t, text, mask, patch, grid, rope)
     def network(self, x, t, text, mask, patch, grid, rope):

@@ -150,7 +150,8 @@ def check(picture, scene):
 # A source has parts, each of which makes a shard. A part is a list of items (name, caption, load);
 # load() gives the picture, PIL in RGB, or raises Refused with the reason why not.
 PART = 4096                    # items in a part, where the source is not a tar
-ENDINGS = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+ENDINGS = Image.registered_extensions()          # a dict of formats, all of them loaded by this
+FORMATS = [kind for kind in Image.OPEN if kind != "EPS"]      # which would run a stranger's program
 MAX_PIXELS = 100_000_000
 Image.MAX_IMAGE_PIXELS = None                    # Pillow only warns at first; load_picture refuses
 
@@ -158,7 +159,7 @@ def load_picture(read):
     """The picture in the bytes that read() gives: RGB, upright, on white where it is transparent.
     Raises Refused where there is none."""
     try:
-        picture = Image.open(io.BytesIO(read()))
+        picture = Image.open(io.BytesIO(read()), formats=FORMATS)
         if picture.width * picture.height > MAX_PIXELS:
             raise Refused(f"more than {MAX_PIXELS:,} pixels")
         picture = ImageOps.exif_transpose(picture)
@@ -179,7 +180,7 @@ def read_captions(stem, name, text):
         found = json.loads(text)
         yield stem, found.get("prompt") or found.get("caption") or found.get("text") or ""
     else:
-        rows = text.splitlines()
+        rows = io.StringIO(text)
         for row in csv.DictReader(rows) if name.endswith(".csv") else map(json.loads, rows):
             yield os.path.join(os.path.dirname(name), row["file_name"]), row["text"]
 
@@ -200,7 +201,7 @@ def list_items(source):
     for name, path, length, offset in files:
         read = partial(np.fromfile, path, np.uint8, length, offset=offset)
         stem = re.match(r"(?s)(.*/)?[^.]*" if path == source else r"(?s).*(?=\.)|", name).group()
-        if Path(name.lower()).suffix in ENDINGS:
+        if ENDINGS.get(Path(name.lower()).suffix) in FORMATS:
             pictures.append((stem, name, partial(load_picture, read)))
         elif name.endswith((".txt", ".json", "metadata.jsonl", "metadata.csv")):
             try:
@@ -307,8 +308,8 @@ def number(kind, low, high=float("inf")):
         return kind(text)
     parse.__name__ = f"{kind.__name__} from {low} to {high}"                # for argparse's errors
     return parse
-count, natural, positive, share = (
-    number(int, 1), number(int, 0), number(float, 1e-12), number(float, 0, 1))
+count, natural = number(int, 1), number(int, 0, 2 ** 31 - 1)           # a seed has 31 bits
+positive, weight, share = number(float, 1e-12), number(float, 0), number(float, 0, 1)
 
 def run_script(settings, description, run=lambda done: done, **nargs):
     """Call a function or dataclass, each argument of which is a flag (or positional, if in nargs)

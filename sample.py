@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from model import PRX, Refused, fetch, read_json, shift_time, velocity, whole_file
 from prepare import (caption, count, judge, load_codec, load_text_encoder, natural, pad,
-                     random_scene, run_script)
+                     random_scene, run_script, weight)
 
 def generate(model, text, null, noise, steps=20, guidance=2.0, predict="x", shift=1.0):
     """Latents for text (B, L, D), by Euler steps along the velocity from noise (B, C, H, W), guided
@@ -80,14 +80,15 @@ def save_png(picture, path):
         picture.save(file, "png")
 
 def pick_device():
-    """The device, CUDA before Apple's MPS before the CPU, and whether it computes in bf16."""
+    """The device, CUDA before Apple's MPS before the CPU, and whether it computes well in bf16."""
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.getenv("LOCAL_RANK", 0)))                       # of torchrun
         return torch.device("cuda", torch.cuda.current_device()), torch.cuda.is_bf16_supported()
     if torch.backends.mps.is_available():
         return torch.device("mps"), False
-    bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.device("cpu"), bf16
+    has = torch.cpu.get_capabilities().get        # Intel's, without AMX, are a quarter slower so
+    bf16 = has("amx_bf16") or has("avx512_bf16") and "Intel" not in str(has("cpu_name"))
+    return torch.device("cpu"), bool(bf16)
 
 def sample(
     prompts: str = (),            # what to draw
@@ -96,7 +97,7 @@ def sample(
     out: str = "sample.png",      # one picture with all of them, or a folder for single files
     n: count = 1,                 # pictures for each prompt
     steps: count = 20,            # Euler steps
-    guidance: float = 2.0,        # guidance scale; 1 is none
+    guidance: weight = 2.0,       # guidance scale; 1 is none
     seed: natural = 0,            # of the first picture of each prompt, the next has seed + 1
     score: bool = False,          # report the prompt accuracy on 512 held-out scenes instead
 ):
@@ -109,6 +110,11 @@ def sample(
     folder = fetch(run, "*.json", "*.safetensors")
     folder = folder / "ema" if (folder / "ema").is_dir() else folder
     info = read_json(folder / "nanoprx.json")
+    needed = "codec text tokens latent_shape mean std predict shift"
+    if missing := set(needed.split()) - info.keys():
+        raise Refused(f"{folder}/nanoprx.json has no {', '.join(sorted(missing))}")
+    if score and info.get("source") != "scenes":
+        raise Refused(f"{run} was not trained on scenes; the prompt accuracy is for those")
     device, bf16 = pick_device()
     model = PRX.from_pretrained(folder).to(device).eval()
     codec, encode_text = load_codec(info["codec"]), load_text_encoder(info["text"])

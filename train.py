@@ -60,8 +60,6 @@ class Config:
         self.out = self.out or f"out/{Path(self.data).name}"
         if self.batch_size % int(os.getenv("WORLD_SIZE", 1)):
             raise Refused(f"--batch-size {self.batch_size} is not a multiple of the processes")
-        if self.width % (4 * self.heads):
-            raise Refused(f"--width {self.width} is not a multiple of 4 times --heads {self.heads}")
 # -------------------------------------------------------------------------------------- the data
 def load_array(path, dtype, *shape):
     """The .npy file of that type and shape, mapped into memory. Raises Refused where it is missing,
@@ -73,8 +71,7 @@ def load_array(path, dtype, *shape):
     except (OSError, ValueError, EOFError) as error:
         raise Refused(f"{path} cannot be used: {error}")
     if not right:
-        raise Refused(f"{path} does not hold finite {dtype} numbers of shape {shape}, as meta.json "
-                      "has it; prepare the cache anew")
+        raise Refused(f"{path} does not hold finite {dtype} of shape {shape}; prepare it anew")
     return array
 
 class Cache(torch.utils.data.Dataset):
@@ -200,11 +197,10 @@ def train(config):
     autocast = torch.autocast(device.type, torch.bfloat16,
                               enabled=config.dtype == "bf16" or config.dtype == "auto" and bf16)
     codec = load_codec(meta["codec"])
-    info = {key: meta[key] for key in ("codec", "text", "tokens", "latent_shape", "mean", "std")}
-    info |= {"predict": config.predict, "shift": config.shift}
+    kept = "source", "codec", "text", "tokens", "latent_shape", "mean", "std"
+    info = {key: meta[key] for key in kept} | {"predict": config.predict, "shift": config.shift}
     first = next(shard for shard, pictures in meta["shards"].items() if pictures)
-    with open(data / first / "captions.txt", encoding="utf-8") as file:
-        prompts = [line.strip() for line, _ in zip(file, range(16))]
+    prompts = (data / first / "captions.txt").read_text("utf-8").splitlines()[:16]
     prompt_text = cache.__getitems__(range(len(prompts)))[1]
     def show():
         with autocast:
@@ -227,7 +223,7 @@ def train(config):
             with autocast:
                 shares = score(ema.module, codec, info, load_text_encoder(meta["text"]))
             print("prompt accuracy:", ", ".join(f"{k} {v:.1%}" for k, v in shares.items()))
-        print(f'sample with: python sample.py --run {out} "{prompts[0]}"')
+        print(f"sample with: python sample.py --run {out} PROMPT")
     stopped, parent = [], os.getppid()
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda *_: stopped.append(True))
@@ -286,8 +282,7 @@ def train(config):
             torch.distributed.all_reduce(shared)
         loss, stop = shared.tolist()
         if not np.isfinite(loss + norm.item()):
-            raise Refused(f"the loss is not finite at step {step}: lower --lr and --muon-lr; "
-                          f"what {out} keeps is from before that")
+            raise Refused(f"the loss is not finite at step {step}, not saved; lower --lr")
         took, since = time.perf_counter() - since, time.perf_counter()
         speed = config.batch_size * (step - before) / took
         losses, before, seconds = [], step, seconds + took
