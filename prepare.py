@@ -2,19 +2,18 @@
 
     python prepare.py                                          # 20,000 scenes into data/scenes
     python prepare.py photos/ --out data/photos --size 64      # a folder of pictures, or of tars
+    torchrun --nproc_per_node=4 prepare.py photos/             # the same, by four processes
 
 A caption stands beside its picture under the same name, in a .txt or in a .json (as `prompt`,
 `caption` or `text`), or in a metadata.jsonl or metadata.csv (as `file_name` and `text`).
 
     data/scenes/meta.json                 sizes, encoders, mean and std per channel
                 null.npy                  the embedding of the empty caption (tokens, D)
-                shard-00000/latents.npy   (N, C, H, W)
+                shard-00000/              whole, or else it has another name; a killed run goes on
+                            latents.npy   (N, C, H, W)
                             text.npy      (sum of all L, D), one caption behind the other ...
                             offsets.npy   (N + 1), ... caption i in rows offsets[i]:offsets[i + 1]
                             captions.txt  a line each
-
-A shard gets its name when it is whole, so the same command continues a killed run. With
-`torchrun --nproc_per_node=4 prepare.py ...` four processes share the work.
 """
 import argparse
 import contextlib
@@ -170,7 +169,9 @@ def load_picture(read):
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
         return picture.convert("RGB")
     except Exception as error:         # Pillow's decoders raise whatever they come upon
-        raise error if isinstance(error, Refused) else Refused("broken picture")
+        if isinstance(error, Refused) or getattr(error, "errno", None):          # the disk's fault
+            raise
+        raise Refused("broken picture")
 
 def read_captions(stem, name, text):
     """Yield captions with their picture's stem or name, from the text of a file beside pictures."""
@@ -180,9 +181,9 @@ def read_captions(stem, name, text):
         found = json.loads(text)
         yield stem, found.get("prompt") or found.get("caption") or found.get("text") or ""
     else:
-        rows = io.StringIO(text)
+        rows = filter(str.strip, io.StringIO(text))
         for row in csv.DictReader(rows) if name.endswith(".csv") else map(json.loads, rows):
-            yield os.path.join(os.path.dirname(name), row["file_name"]), row["text"]
+            yield os.path.join(os.path.dirname(name), row["file_name"]), row.get("text") or ""
 
 def list_items(source):
     """The items of a folder with those in it, or of a tar (WebDataset), never unpacked. Files of
@@ -196,8 +197,9 @@ def list_items(source):
             with tarfile.open(source, "r:") as tar:
                 for member in filter(tarfile.TarInfo.isfile, tar):
                     files.append((member.name, source, member.size, member.offset_data))
-        except tarfile.TarError as error:
-            print(f"{source} is read only up to a point: {error}")
+        except Exception as error:                 # tarfile raises whatever it comes upon
+            source.stat()                          # or the disk's error, where it is gone
+            print(f"{source} is read only up to a point: {error!r}")
     for name, path, length, offset in files:
         read = partial(np.fromfile, path, np.uint8, length, offset=offset)
         stem = re.match(r"(?s)(.*/)?[^.]*" if path == source else r"(?s).*(?=\.)|", name).group()
@@ -207,7 +209,7 @@ def list_items(source):
             try:
                 captions.update(read_captions(stem, name, read().tobytes().decode("utf-8-sig")))
             except Exception as error:             # json and csv raise whatever they come upon
-                print(f"{name} is read only up to a point: {error!r}")
+                print(f"{name!r} is read only up to a point: {error!r}")
     return [(name, str(captions.get(name) or captions.get(stem, "")), load)
             for stem, name, load in pictures]
 
@@ -231,8 +233,8 @@ def list_parts(source, size=32, short=False):
     raise Refused(f"{source} is neither a tar file nor a folder with pictures or tar files in it")
 
 def load_squares(items, size, min_size):
-    """A batch of items as captions, pictures (size, size, 3) uint8, and what is left out of it as
-    (name, reason). Runs in a DataLoader's workers."""
+    """A batch of items as captions, pictures (B, size, size, 3) uint8, and what is left out of it
+    as (name, reason). Runs in a DataLoader's workers."""
     captions, pictures, left_out = [], [], []
     for name, text, load in items:
         try:
@@ -243,11 +245,11 @@ def load_squares(items, size, min_size):
             if min(picture.size) < min_size:
                 raise Refused(f"shorter side below {min_size} pixels")
             picture = ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
-            pictures.append(np.asarray(picture))
+            pictures.append(torch.from_numpy(np.array(picture)))
             captions.append(text)
         except Refused as reason:
             left_out.append((name.encode(errors="replace").decode(), str(reason)))
-    return captions, pictures, left_out
+    return captions, torch.stack(pictures) if pictures else torch.empty(0, size, size, 3), left_out
 
 def read_source(source):
     """Yield each usable picture (PIL, RGB) of a source, whole, with its caption."""
@@ -300,7 +302,7 @@ def pad(embeddings, tokens):
         row[:len(embedding)] = embedding[:tokens]
     return padded
 # -------------------------------------------------------------------------- the command line
-def number(kind, low, high=float("inf")):
+def number(kind, low, high=10 ** 12):
     """A type for flags: int or float, from low to high."""
     def parse(text):
         if not low <= kind(text) <= high:
@@ -328,8 +330,9 @@ def run_script(settings, description, run=lambda done: done, **nargs):
                             default=flag.default, help=f"{comments[name]} (default: %(default)r)")
     try:
         run(settings(**vars(parser.parse_args())))
-    except (Refused, OSError) as error:
-        parser.exit(2 if isinstance(error, Refused) else 1, f"{parser.prog}: {error}\n")
+    except (Refused, OSError, MemoryError, torch.OutOfMemoryError) as error:
+        sentence = (str(error) or repr(error)).splitlines()[-1]          # of a worker's traceback
+        parser.exit(2 if isinstance(error, Refused) else 1, f"{parser.prog}: {sentence}\n")
     except KeyboardInterrupt:
         parser.exit(1, f"{parser.prog}: stopped; the same command goes on\n")
 # -------------------------------------------------------------------------------------- the cache
@@ -417,10 +420,7 @@ def write_shard(folder, items, settings, codec, encode_text, bar):
                 report[reason] += 1
                 if report[reason] <= 3:
                     bar.write(f"left out {name}: {reason}")
-            if not captions:
-                continue
-            images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 127.5 - 1
-            latents = codec.encode(images).double().cpu().numpy()
+            latents = codec.encode(pictures.permute(0, 3, 1, 2) / 127.5 - 1).double().cpu().numpy()
             sums += latents.sum((0, 2, 3)), np.square(latents).sum((0, 2, 3))
             if codec.dtype == "uint8":
                 latents = ((latents + 1) * 127.5).round()
@@ -446,10 +446,7 @@ def finish(out, settings, codec, encode_text):
         print(f"{times:,} times: {reason}")
     total, side = sum(shard["count"] for shard in shards), settings["size"] // codec.factor
     if not total:
-        for folder in folders:                # and nothing else that may lie in --out
-            shutil.rmtree(folder)
-        (out / "settings.json").unlink()
-        raise Refused(f"no picture in {settings['source']} can be used")
+        raise Refused(f"no picture in {settings['source']} can be used; delete {out} to try again")
     mean, squares = sum(np.array(shard["sums"]) for shard in shards) / (total * side ** 2)
     tokens = int(max(np.diff(np.load(folder / "offsets.npy")).max(initial=0) for folder in folders))
     np.save(out / "null.npy", pad(encode_text([""]), tokens)[0].half().numpy())

@@ -94,7 +94,7 @@ def sample(
     prompts: str = (),            # what to draw
     file: str = "",               # more prompts, one a line
     run: str = "out/scenes",      # folder of a run, or a Hub repository
-    out: str = "sample.png",      # one picture with all of them, or a folder for single files
+    out: str = "sample.png",      # a .png with all of them, or a folder for single files
     n: count = 1,                 # pictures for each prompt
     steps: count = 20,            # Euler steps
     guidance: weight = 2.0,       # guidance scale; 1 is none
@@ -127,13 +127,13 @@ def sample(
         seeds = [seed + number % n for number in range(len(prompts))]
         text, null = (pad(encode_text(some), info["tokens"]) for some in (prompts, [""]))
         pictures = draw(model, codec, info, text, null[0], seeds, steps, guidance)
-    if Path(out).suffix:
-        save_png(grid(pictures, prompts, n if n > 1 else min(len(prompts), 8)), out)
+    if out.lower().endswith(".png"):
+        save_png(grid(pictures, prompts, n if n > 1 else min(len(prompts), 6)), out)
         print(f"{out} shows {len(pictures)} pictures")
         return
     for number, picture in enumerate(pictures):
         save_png(Image.fromarray(picture), path := f"{Path(out)}/{number:04d}.png")
-        print(f"{path}: {prompts[number]} (seed {seeds[number]})")
+        print(f"{path}: {prompts[number]!r} (seed {seeds[number]})")
 
 if __name__ == "__main__":
     run_script(sample, __doc__, prompts="*")

@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 from model import (PRX, PRXConfig, Refused, add_noise, read_json, sample_timesteps, velocity,
                    whole_file, write_json)
-from prepare import (count, load_codec, load_text_encoder, natural, positive, prepare,
-                     refuse_differences, run_script, share)
+from prepare import (count, load_codec, load_text_encoder, natural, pad, positive,
+                     prepare, refuse_differences, run_script, share)
 from sample import draw, grid, pick_device, save_png, score
 
 @dataclass
@@ -46,6 +46,7 @@ class Config:
     bottleneck: natural = 64       # width of the patches' bottleneck (PRX: 256 at 32 px); 0: none
     predict: Literal["x", "v"] = "x"                    # clean picture (JiT) or velocity
     shift: positive = 1.0          # timestep shift (PRX: 3 for pixels at 1024 px, else 1)
+    route: share = 0.0             # share of tokens that skip the middle blocks (TREAD; PRX: 0.5)
     caption_dropout: share = 0.1   # share of captions left empty, for guidance (PRX: 0.1)
     optimizer: Literal["muon", "adamw"] = "muon"        # for the blocks (PRX: FID 15.55 or 18.20)
     muon_lr: positive = 5e-3       # learning rate of Muon (PRX: 1e-4)
@@ -80,35 +81,32 @@ class Cache(torch.utils.data.Dataset):
     def __init__(self, folder, device):
         self.meta, self.shards = read_json(folder / "meta.json"), []
         try:
-            shape, dim, tokens = (self.meta[key] for key in ("latent_shape", "text_dim", "tokens"))
+            shape, dim, tokens, *_ = (self.meta[key] for key in (
+                "latent_shape", "text_dim", "tokens", "source", "codec", "text"))
             for name, pictures in self.meta["shards"].items():
                 shard = folder / name
                 offsets = load_array(shard / "offsets.npy", "int64", pictures + 1)
-                lengths = np.diff(offsets, prepend=0)
-                if offsets[0] or lengths.min() < 0 or lengths.max() > tokens:
-                    raise Refused(f"{shard}/offsets.npy does not rise from 0 by up to {tokens}")
                 self.shards.append((
                     load_array(shard / "latents.npy", self.meta["dtype"], pictures, *shape),
                     load_array(shard / "text.npy", "float16", offsets[-1], dim), offsets))
             self.starts = np.cumsum([0, *self.meta["shards"].values()])
-            self.mean, self.std = (torch.tensor(self.meta[key], device=device)[:, None, None]
-                                   for key in ("mean", "std"))
+            self.mean = torch.tensor(self.meta["mean"], device=device).view(shape[0], 1, 1)
+            self.std = torch.tensor(self.meta["std"], device=device).view(shape[0], 1, 1)
             null = load_array(folder / "null.npy", "float16", tokens, dim)
             self.null = torch.tensor(null, device=device).float()                # (tokens, D)
-        except (LookupError, TypeError, AttributeError) as error:
+        except (LookupError, TypeError, AttributeError, RuntimeError) as error:
             raise Refused(f"{folder}/meta.json does not describe a cache: {error!r}")
     def __len__(self):
         return int(self.starts[-1])
     def __getitems__(self, indices):
         """Latents (B, C, H, W) as they are stored, and text (B, tokens, D), padded with zeros."""
-        some_latents, some_text = [], torch.zeros(len(indices), *self.null.shape)
-        for row, index in zip(some_text, indices):
+        some_latents, some_text = [], []
+        for index in indices:
             number = np.searchsorted(self.starts, index, "right") - 1
             (latents, text, offsets), index = self.shards[number], index - self.starts[number]
-            begin, end = offsets[index:index + 2]
             some_latents.append(latents[index])
-            row[:end - begin] = torch.from_numpy(text[begin:end].astype(np.float32))
-        return torch.from_numpy(np.stack(some_latents)), some_text
+            some_text.append(torch.tensor(text[slice(*offsets[index:index + 2])]))
+        return torch.from_numpy(np.stack(some_latents)), pad(some_text, len(self.null))
 
 def batches(pictures, config, first_step, rank, world):
     """Yield for each step the numbers of this process's pictures, from seed and step alone, so that
@@ -144,8 +142,9 @@ def make_optimizers(network, config):
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
 FREE = ("out", "save_every", "sample_every", "micro_batch", "compile")   # may change on resuming
 def training_inputs(latents, text, cache, config, step, rank):
-    """This process's clean x and noise (B, C, H, W), t (B,) and text, some of it dropped. What is
-    random comes from seed and step, the same for any number of processes and after a resume."""
+    """This process's clean x and noise (B, C, H, W), t (B,), text, some of it dropped, and tokens
+    (B, S) that skip no block. What is random comes from seed and step, the same for any number of
+    processes and after a resume."""
     device, mine = cache.null.device, slice(rank, None, config.batch_size // len(latents))
     generator = torch.Generator(device).manual_seed(config.seed * 2 ** 32 + step)
     shape = config.batch_size, *latents.shape[1:]
@@ -154,8 +153,34 @@ def training_inputs(latents, text, cache, config, step, rank):
     drop = torch.rand(config.batch_size, generator=generator, device=device)[mine]
     x, text = latents.to(device, non_blocking=True), text.to(device, non_blocking=True)
     x = x / 127.5 - 1 if x.dtype == torch.uint8 else x.float()
+    tokens = x.shape[2] * x.shape[3] // config.patch_size ** 2
+    order = torch.rand(config.batch_size, tokens, generator=generator, device=device)[mine]
+    stay = order.argsort(1)[:, :max(1, round(tokens * (1 - config.route)))]
     text = torch.where((drop < config.caption_dropout)[:, None, None], cache.null, text)
-    return (x - cache.mean) / cache.std, noise, t, text
+    return (x - cache.mean) / cache.std, noise, t, text, stay
+
+def train_step(model, optimizers, config, step, autocast, x, noise, t, text, stay):
+    """One step of all optimizers, by --micro-batch pictures at once. Returns the loss, which is a
+    mean squared error of velocities, and the norm of its gradient before that was clipped."""
+    x_t, total, micro = add_noise(x, noise, t), 0, config.micro_batch or len(x)
+    for part in (slice(first, first + micro) for first in range(0, len(x), micro)):
+        model.require_backward_grad_sync = part.stop >= len(x)         # of DDP: after the last part
+        with autocast:
+            output = model(x_t[part], t[part], text[part], None, stay[part]).float()
+        truth = x[part] if config.predict == "x" else noise[part] - x[part]
+        error = velocity(output, x_t[part], t[part], config.predict) \
+            - velocity(truth, x_t[part], t[part], config.predict)
+        loss = error.square().mean() * len(output) / len(x)
+        loss.backward()
+        total += loss.detach()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+    scale = min(1, (step + 1) / max(config.warmup, 1),
+                (config.steps - step) / max(config.cooldown * config.steps, 1))
+    for optimizer, rate in zip(optimizers, (config.lr, config.muon_lr)):
+        optimizer.param_groups[0]["lr"] = rate * scale
+        optimizer.step()
+        optimizer.zero_grad()
+    return total, norm
 
 def train(config):
     """Train as the config says, or go on with what is in its folder. Raises Refused where data are
@@ -184,13 +209,10 @@ def train(config):
             step, seconds, log_size = state["step"], state["seconds"], state["log_size"]
             network.load_state_dict(state["network"])
             ema.load_state_dict(state["ema"])
-            for optimizer, kept in zip(optimizers, state["optimizers"]):
+            for optimizer, kept in zip(optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(kept)
         except Exception as error:             # torch.load raises many kinds for a broken file
-            raise Refused(f"{checkpoint} cannot go on: {str(error)[:600]}")
-        if step == config.steps:
-            print(f"{out} is finished; sample with: python sample.py --run {out} PROMPT")
-            return
+            raise Refused(f"{checkpoint} cannot go on: {' '.join(repr(error).split())[:600]}")
     if config.compile == "on" or config.compile == "auto" and device.type == "cuda":
         network.network = torch.compile(network.network)
     model = torch.nn.parallel.DistributedDataParallel(network) if world > 1 else network
@@ -200,25 +222,26 @@ def train(config):
     kept = "source", "codec", "text", "tokens", "latent_shape", "mean", "std"
     info = {key: meta[key] for key in kept} | {"predict": config.predict, "shift": config.shift}
     first = next(shard for shard, pictures in meta["shards"].items() if pictures)
-    prompts = (data / first / "captions.txt").read_text("utf-8").splitlines()[:16]
+    prompts = (data / first / "captions.txt").read_text("utf-8").splitlines()[:12]
     prompt_text = cache.__getitems__(range(len(prompts)))[1]
     def show():
         with autocast:
             pictures = draw(ema.module, codec, info, prompt_text, cache.null, range(len(prompts)))
-        save_png(grid(pictures, prompts, 8), out / "samples" / f"step_{step:06d}.png")
+        save_png(grid(pictures, prompts, 6), out / "samples" / f"step_{step:06d}.png")
     def save():
         ema.module.save_pretrained(out / "ema")
         write_json(out / "ema" / "nanoprx.json", info)
         with whole_file(checkpoint) as file:
             torch.save({"config": asdict(config), "step": step, "seconds": seconds,
-                        "log_size": os.path.getsize(out / "log.csv"),
+                        "log_size": os.fstat(log.fileno()).st_size,
                         "network": network.state_dict(), "ema": ema.state_dict(),
                         "optimizers": [optimizer.state_dict() for optimizer in optimizers]}, file)
     def finish():
-        first, *others = (Image.open(path) for path in sorted((out / "samples").glob("*.png")))
+        paths = sorted((out / "samples").glob("step_*.png"))
+        first, *others = map(Image.open, paths[::-(len(paths) // 50 + 1)][::-1])     # 50 at most
         with whole_file(out / "learning.gif") as file:
             first.save(file, "gif", save_all=True, append_images=others, duration=400, loop=0)
-        print(f"{out}: {step:,} steps in {seconds / 60:.1f} minutes")
+        print(f"{out} is finished: {step:,} steps in {seconds / 60:.1f} minutes")
         if meta["source"] == "scenes":
             with autocast:
                 shares = score(ema.module, codec, info, load_text_encoder(meta["text"]))
@@ -247,26 +270,9 @@ def train(config):
     bar = tqdm(total=config.steps, initial=step, disable=None if rank == 0 else True)
     losses, since, before = [], time.perf_counter(), step
     for latents, text in loader:
-        x, noise, t, text = training_inputs(latents, text, cache, config, step, rank)
-        x_t, losses = add_noise(x, noise, t), losses + [0]
-        micro = config.micro_batch or len(x)
-        for part in (slice(first, first + micro) for first in range(0, len(x), micro)):
-            model.require_backward_grad_sync = part.stop >= len(x)     # of DDP: after the last part
-            with autocast:
-                output = model(x_t[part], t[part], text[part]).float()
-            truth = x[part] if config.predict == "x" else noise[part] - x[part]
-            error = velocity(output, x_t[part], t[part], config.predict) \
-                - velocity(truth, x_t[part], t[part], config.predict)
-            loss = error.square().mean() * len(output) / len(x)
-            loss.backward()
-            losses[-1] += loss.detach()
-        norm = torch.nn.utils.clip_grad_norm_(network.parameters(), config.clip)
-        scale = min(1, (step + 1) / max(config.warmup, 1),
-                    (config.steps - step) / max(config.cooldown * config.steps, 1))
-        for optimizer, rate in zip(optimizers, (config.lr, config.muon_lr)):
-            optimizer.param_groups[0]["lr"] = rate * scale
-            optimizer.step()
-            optimizer.zero_grad()
+        inputs = training_inputs(latents, text, cache, config, step, rank)
+        loss, norm = train_step(model, optimizers, config, step, autocast, *inputs)
+        losses.append(loss)
         ema.update_parameters(network)
         step += 1
         bar.update()
