@@ -340,7 +340,7 @@ def prepare(
     source: str = "scenes",      # scenes, a folder of pictures or of tars, or a tar
     out: str = "",               # folder of the cache; "": data/ and the source's name
     size: natural = 0,           # side of the square pictures in pixels; 0: 32 for scenes, else 256
-    limit: natural = 0,          # look at no more (a process: at its share); 0: 20,000 scenes, or all
+    limit: natural = 0,          # look at no more (a process: its share); 0: 20,000 scenes, or all
     codec: str = "pixels",       # what makes latents of pictures: pixels
     text: str = "words",         # what makes embeddings of captions: words
     max_tokens: count = 64,      # where captions are cut
