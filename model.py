@@ -40,8 +40,8 @@ class PRXConfig:
         self.axes_dim = tuple(self.axes_dim or (32, 32))
         if [dim % 2 for dim in self.axes_dim] != [0, 0] \
                 or sum(self.axes_dim) * self.num_heads != self.hidden_size:
-            raise Refused(f"a width of {self.hidden_size} is not {self.num_heads} heads of two "
-                          f"even axes_dim, {self.axes_dim}")
+            raise Refused(f"the width {self.hidden_size} is not a multiple of 4 x {self.num_heads} "
+                          f"heads, or not what axes_dim {self.axes_dim} make together")
 
 @lru_cache(maxsize=8)
 def rope_table(rows, columns, axes_dim, theta, device):
@@ -67,11 +67,11 @@ def timestep_embedding(t, max_period, dim=256):
     return torch.cat((angles.cos(), angles.sin()), dim=-1)
 
 def modulate(x, shift, scale):
-    """LayerNorm of x (B, L, D), with the timestep's shift and scale (B, 1, D) for its weights."""
+    """LayerNorm of x (B, L, D), times 1 + scale, plus shift (B, 1, D), which the timestep gives."""
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
 
 class Attention(nn.Module):
-    """Image queries over text and image keys, in diffusers' `PRXAttention` names."""
+    """Image queries over text and image keys, normed and turned in float32, (B, L, D) each."""
     def __init__(self, config):
         super().__init__()
         width, self.heads = config.hidden_size, config.num_heads
@@ -88,7 +88,7 @@ class Attention(nn.Module):
         q, k = apply_rope(self.norm_q(q), rope), apply_rope(self.norm_k(k), rope)
         k, v = torch.cat((self.norm_added_k(txt_k), k), dim=1), torch.cat((txt_v, v), dim=1)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))           # (B, heads, L, head_dim)
-        with torch.autocast("cpu", enabled=False):         # whose flash kernel is slower in bf16
+        with torch.autocast("cpu", enabled=False):     # the CPU's flash kernel is slower in bf16
             out = F.scaled_dot_product_attention(q, k, v, mask)
         return self.to_out[0](out.transpose(1, 2).flatten(2))
 
@@ -127,8 +127,8 @@ class PRX(nn.Module):
         self.final_layer = nn.ModuleDict({
             "adaLN_modulation": nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width)),
             "linear": nn.Linear(width, patch_dim)})
-        for name, parameter in self.named_parameters():     # blocks begin as identities, x as zero
-            if "odulation" in name or "final_layer" in name:
+        for name, parameter in self.named_parameters():     # blocks begin as identities, the output
+            if "modulation" in name or "final_layer" in name:                           # as zeros
                 nn.init.zeros_(parameter)
     def forward(self, x, t, text, mask=None, stay=None):
         """x (B, C, H, W) noisy latents, t (B,) in [0, 1], 1 being noise, and text (B, L, D) to
@@ -142,8 +142,8 @@ class PRX(nn.Module):
         patch = self.config.patch_size
         grid = x.shape[2] // patch, x.shape[3] // patch
         rope = rope_table(*grid, self.config.axes_dim, self.config.theta, x.device)
-        return self.network(x, t, text, mask, patch, grid, rope, stay)
-    def network(self, x, t, text, mask, patch, grid, rope, stay):
+        return self.body(x, t, text, mask, patch, grid, rope, stay)
+    def body(self, x, t, text, mask, patch, grid, rope, stay):
         """The part of `forward` that `torch.compile` is given."""
         x = x.unflatten(2, (grid[0], patch)).unflatten(4, (grid[1], patch))     # (B, C, h, p, w, p)
         img = self.img_in(x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2))       # (B, h w, D)
@@ -151,7 +151,7 @@ class PRX(nn.Module):
         vec = timestep_embedding(t * self.config.time_factor, self.config.time_max_period)
         vec = self.time_in["out_layer"](F.silu(self.time_in["in_layer"](vec)))
         routed = stay is not None and stay.shape[1] < img.shape[1]
-        first, last = min(2, len(self.blocks) // 3), max(0, len(self.blocks) - 2)  # middle blocks
+        first, last = min(2, len(self.blocks) // 3), max(0, len(self.blocks) - 2)  # routed blocks
         for number, block in enumerate(self.blocks):
             if routed and number == first:
                 rows, all_img, all_rope = stay[..., None].expand(-1, -1, img.shape[2]), img, rope

@@ -306,9 +306,9 @@ def number(kind, low, high=10 ** 12):
     """A type for flags: int or float, from low to high."""
     def parse(text):
         if not low <= kind(text) <= high:
-            raise ValueError
+            raise argparse.ArgumentTypeError(f"{text} is not from {low:g} to {high:g}")
         return kind(text)
-    parse.__name__ = f"{kind.__name__} from {low} to {high}"                # for argparse's errors
+    parse.__name__ = kind.__name__                                          # for argparse's errors
     return parse
 count, natural = number(int, 1), number(int, 0, 2 ** 31 - 1)           # a seed has 31 bits
 positive, weight, share = number(float, 1e-12), number(float, 0), number(float, 0, 1)
@@ -316,8 +316,9 @@ positive, weight, share = number(float, 1e-12), number(float, 0), number(float, 
 def run_script(settings, description, run=lambda done: done, **nargs):
     """Call a function or dataclass, each argument of which is a flag (or positional, if in nargs)
     and the comment behind it the help; then run what it gives. Bad input ends in one sentence."""
-    parser = argparse.ArgumentParser(None, "%(prog)s [flags]; --help tells them all", description,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        None, "%(prog)s [flags]; --help tells them all", description, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     comments = dict(re.findall(r"(?m)^    (\w+):[^#\n]*# +(.*)$", inspect.getsource(settings)))
     for name, flag in inspect.signature(settings).parameters.items():
         choices = get_args(flag.annotation)                         # of Literal["one", "other"]
@@ -443,7 +444,7 @@ def finish(out, settings, codec, encode_text):
     folders = sorted(out.glob("shard-?????"))
     shards = [read_json(folder / "shard.json") for folder in folders]
     for reason, times in sum((Counter(shard["report"]) for shard in shards), Counter()).items():
-        print(f"{times:,} times: {reason}")
+        print(f"{times:,} x {reason}")
     total, side = sum(shard["count"] for shard in shards), settings["size"] // codec.factor
     if not total:
         raise Refused(f"no picture in {settings['source']} can be used; delete {out} to try again")

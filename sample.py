@@ -102,9 +102,8 @@ def sample(
     score: bool = False,          # report the prompt accuracy on 512 held-out scenes instead
 ):
     """Draw the prompts with a trained model, or score it. Raises Refused where the run is none."""
-    prompts = list(prompts)
-    if file:
-        prompts += filter(None, Path(file).read_text("utf-8", "replace").splitlines())
+    lines = Path(file).read_text("utf-8", "replace").splitlines() if file else []
+    prompts = [*prompts, *filter(None, lines)]
     if not prompts and not score:
         raise Refused("give a prompt, --file or --score")
     folder = fetch(run, "*.json", "*.safetensors")
@@ -128,7 +127,7 @@ def sample(
         text, null = (pad(encode_text(some), info["tokens"]) for some in (prompts, [""]))
         pictures = draw(model, codec, info, text, null[0], seeds, steps, guidance)
     if out.lower().endswith(".png"):
-        save_png(grid(pictures, prompts, n if n > 1 else min(len(prompts), 6)), out)
+        save_png(grid(pictures, prompts, n if 1 < n < 9 else min(len(prompts), 6)), out)
         print(f"{out} shows {len(pictures)} pictures")
         return
     for number, picture in enumerate(pictures):

@@ -193,8 +193,8 @@ def test_any_picture_from_a_folder(tmp_path):
     (source / "metadata.jsonl").write_text('{"file_name": "rotated.jpg", "text": "a\u2028turn"}\n')
     (source / "deeper" / "metadata.csv").write_text('file_name,text\nlisted.png,"listed, here"\n')
     output = run("prepare.py", source, "--size", 16, cwd=tmp_path)
-    for line in ("3 times: broken picture", "1 times: no caption", "1 times: shorter side below 8",
-                 "1 times: more than 100,000,000 pixels", "left out bare.png: no caption"):
+    for line in ("3 x broken picture", "1 x no caption", "1 x shorter side below 8",
+                 "1 x more than 100,000,000 pixels", "left out bare.png: no caption"):
         assert line in output, output
     shard = tmp_path / "data/photos/shard-00000"
     captions = (shard / "captions.txt").read_text("utf-8").splitlines()
@@ -327,9 +327,9 @@ def test_a_loss_that_is_not_finite_is_not_saved(trained, tmp_path):
         assert all(tensor.isfinite().all() for tensor in M.read_safetensors(path).values())
 
 @pytest.mark.parametrize("code, command, sentence", [
-    (2, "train.py --stepz 3", "arguments: --stepz"), (2, "train.py --steps x", "int from 1"),
-    (2, "train.py --ema 1.5", "argument --ema: invalid float from 0 to 1"),
-    (2, "train.py --width 100 --heads 3", "a width of 100 is not 3 heads of two"),
+    (2, "train.py --stepz 3", "arguments: --stepz"), (2, "train.py --steps x", "invalid int value"),
+    (2, "train.py --ema 1.5", "argument --ema: 1.5 is not from 0 to 1"),
+    (2, "train.py --width 100 --heads 3", "the width 100 is not a multiple of 4 x 3 heads"),
     (2, "train.py --patch-size 5", "--patch-size 5 does not divide latents of [32, 32]"),
     (2, "train.py --data data/x", "there is no cache in data/x"),
     (2, "prepare.py photos --captions short", "--captions short is for scenes"),

@@ -169,7 +169,7 @@ def train_step(model, optimizers, config, step, autocast, x, noise, t, text, sta
             output = model(x_t[part], t[part], text[part], None, stay[part]).float()
         truth = x[part] if config.predict == "x" else noise[part] - x[part]
         error = velocity(output, x_t[part], t[part], config.predict) \
-            - velocity(truth, x_t[part], t[part], config.predict)
+            - velocity(truth, x_t[part], t[part], config.predict)      # (x - output) / t, or v's
         loss = error.square().mean() * len(output) / len(x)
         loss.backward()
         total += loss.detach()
@@ -212,9 +212,9 @@ def train(config):
             for optimizer, kept in zip(optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(kept)
         except Exception as error:             # torch.load raises many kinds for a broken file
-            raise Refused(f"{checkpoint} cannot go on: {' '.join(repr(error).split())[:600]}")
+            raise Refused(f"{checkpoint} cannot go on: {' '.join(str(error).split())[:600]}")
     if config.compile == "on" or config.compile == "auto" and device.type == "cuda":
-        network.network = torch.compile(network.network)
+        network.body = torch.compile(network.body)
     model = torch.nn.parallel.DistributedDataParallel(network) if world > 1 else network
     autocast = torch.autocast(device.type, torch.bfloat16,
                               enabled=config.dtype == "bf16" or config.dtype == "auto" and bf16)
@@ -255,7 +255,7 @@ def train(config):
         num_workers=2 if device.type == "cuda" else 0, pin_memory=device.type == "cuda")
     gpu = torch.cuda.get_device_name() if device.type == "cuda" else ""
     peak = next((flops for name, flops in PEAK_FLOPS.items() if name in gpu), None)
-    if peak:                                  # count the products of a forward pass, not doing any
+    if peak:                                  # count the products of a forward pass of all tokens
         with FlopCounterMode(display=False) as counter, torch.device("meta"):
             make_model(config, meta)(torch.empty(1, *meta["latent_shape"]), torch.empty(1),
                                      torch.empty(1, meta["tokens"], meta["text_dim"]))
@@ -281,14 +281,14 @@ def train(config):
         last, keep = step == config.steps, step % config.save_every == 0
         look = last or step % config.sample_every == 0
         if not (last or keep or look or step % 10 == 0 or world == 1 and stopped):
-            continue
+            continue                          # reading the loss would wait for the device
         loss = torch.stack(losses).mean() / world
         shared = torch.stack((loss, torch.full_like(loss, len(stopped))))
         if world > 1:                         # told to stop, all stop at the same step
             torch.distributed.all_reduce(shared)
         loss, stop = shared.tolist()
         if not np.isfinite(loss + norm.item()):
-            raise Refused(f"the loss is not finite at step {step}, not saved; lower --lr")
+            raise Refused(f"the loss is not finite at step {step}, unsaved; begin anew, lower --lr")
         took, since = time.perf_counter() - since, time.perf_counter()
         speed = config.batch_size * (step - before) / took
         losses, before, seconds = [], step, seconds + took
