@@ -133,10 +133,10 @@ class PRX(nn.Module):
     def forward(self, x, t, text, mask=None, stay=None):
         """x (B, C, H, W) noisy latents, t (B,) in [0, 1], 1 being noise, and text (B, L, D) to
         clean latents or velocity (B, C, H, W). Rows of zeros in text are padding; they become the
-        bias of `txt_in`, one token that the model learns to ignore, so that attention can take the
+        bias of `txt_in`, a token that the model learns to ignore, so that attention can take the
         flash kernel. mask (B, L), False at padding, is for models trained with one.
         stay (B, S) numbers the image tokens that do not skip the middle blocks (TREAD, 2501.04765;
-        PRX: FID 18.20 to 21.61 at 256 px, to 14.10 at 1024 px). With stay = [[4, 1]]:
+        PRX: FID 18.20 to 21.61 at 256 px; it helps at 1024 px, 14.10). With stay = [[4, 1]]:
             0 1 2 3 4 5 -> first blocks -> 0   2 3   5 --------------------> 0 1 2 3 4 5 -> last one
                                              4     1   -> middle blocks -> 4 1                   """
         patch = self.config.patch_size
@@ -199,7 +199,7 @@ def sample_timesteps(n, shift, generator):
     random start, so that the loss varies less (VDM, 2107.00630)."""
     start, rare = torch.rand(2, n, generator=generator, device=generator.device)
     uniform = (torch.arange(n, device=generator.device) / n + start[0]) % 1
-    normal = 2 ** 0.5 * torch.erfinv(2 * uniform - 1)          # a quantile of it, on MPS too
+    normal = 2 ** 0.5 * torch.erfinv(2 * uniform - 1)  # the normal's quantile (MPS lacks ndtri)
     return shift_time(torch.where(rare < 0.1, uniform, normal.sigmoid()), shift).clamp(min=1e-3)
 
 def add_noise(x, noise, t):

@@ -407,9 +407,9 @@ def write_shard(folder, items, settings, codec, encode_text, bar):
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
     offsets, report, sums = [0], Counter(), np.zeros((2, codec.channels))
-    batches = DataLoader(
-        items, 64, num_workers=0 if settings["source"] == "scenes" else os.cpu_count(),
-        collate_fn=partial(load_squares, size=settings["size"], min_size=settings["min_size"]))
+    load = partial(load_squares, size=settings["size"], min_size=settings["min_size"])
+    batches = DataLoader(items, 64, collate_fn=load, num_workers=0 if settings["source"] == "scenes"
+                         else os.cpu_count() // int(os.getenv("LOCAL_WORLD_SIZE", 1)))
     with open(unfinished / "latents.npy", "wb") as latents_file, \
             open(unfinished / "text.npy", "wb") as text_file, \
             open(unfinished / "captions.txt", "w", encoding="utf-8") as captions_file:

@@ -82,8 +82,8 @@ def save_png(picture, path):
 def pick_device():
     """The device, CUDA before Apple's MPS before the CPU, and whether it computes well in bf16."""
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.getenv("LOCAL_RANK", 0)))                       # of torchrun
-        return torch.device("cuda", torch.cuda.current_device()), torch.cuda.is_bf16_supported()
+        torch.cuda.set_device(rank := int(os.getenv("LOCAL_RANK", 0)))               # of torchrun
+        return torch.device("cuda", rank), torch.cuda.is_bf16_supported(including_emulation=False)
     if torch.backends.mps.is_available():
         return torch.device("mps"), False
     has = torch.cpu.get_capabilities().get        # Intel's, without AMX, are a quarter slower so
@@ -91,12 +91,12 @@ def pick_device():
     return torch.device("cpu"), bool(bf16)
 
 def sample(
-    prompts: str = (),            # what to draw
+    prompts: str = (),            # what to draw, cut to the length of the longest training caption
     file: str = "",               # more prompts, one a line
     run: str = "out/scenes",      # folder of a run, or a Hub repository
     out: str = "sample.png",      # a .png with all of them, or a folder for single files
     n: count = 1,                 # pictures for each prompt
-    steps: count = 20,            # Euler steps
+    steps: count = 20,            # Euler steps; with more, velocity's clamp leaves a little noise
     guidance: weight = 2.0,       # guidance scale; 1 is none
     seed: natural = 0,            # of the first picture of each prompt, the next has seed + 1
     score: bool = False,          # report the prompt accuracy on 512 held-out scenes instead

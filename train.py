@@ -43,9 +43,9 @@ class Config:
     depth: count = 3               # blocks
     heads: count = 4               # attention heads
     mlp_ratio: positive = 3.0      # width of the MLP over hidden size
-    bottleneck: natural = 64       # width of the patches' bottleneck (PRX: 256 at 32 px); 0: none
+    bottleneck: natural = 64       # width of the patches' bottleneck (PRX: 256, patch 32); 0: none
     predict: Literal["x", "v"] = "x"                    # clean picture (JiT) or velocity
-    shift: positive = 1.0          # timestep shift (PRX: 3 for pixels at 1024 px, else 1)
+    shift: positive = 1.0          # timestep shift, in sampling too (PRX: 3 for pixels at 1024 px)
     route: share = 0.0             # share of tokens that skip the middle blocks (TREAD; PRX: 0.5)
     caption_dropout: share = 0.1   # share of captions left empty, for guidance (PRX: 0.1)
     optimizer: Literal["muon", "adamw"] = "muon"        # for the blocks (PRX: FID 15.55 or 18.20)
@@ -126,7 +126,7 @@ def make_model(config, meta):
         in_channels=channels, patch_size=config.patch_size, context_in_dim=meta["text_dim"],
         hidden_size=config.width, mlp_ratio=config.mlp_ratio, num_heads=config.heads,
         depth=config.depth, axes_dim=(config.width // config.heads // 2,) * 2,
-        theta=100, bottleneck_size=config.bottleneck or None))  # PRX: theta 10000 (see 2403.13298)
+        theta=100, bottleneck_size=config.bottleneck or None))  # 100: 2403.13298; PRX: 10000
 
 def make_optimizers(network, config):
     """AdamW, and Muon (kellerjordan.github.io/posts/muon) for the matrices inside the blocks, its
@@ -148,7 +148,7 @@ def training_inputs(latents, text, cache, config, step, rank):
     device, mine = cache.null.device, slice(rank, None, config.batch_size // len(latents))
     generator = torch.Generator(device).manual_seed(config.seed * 2 ** 32 + step)
     shape = config.batch_size, *latents.shape[1:]
-    noise = torch.randn(shape, generator=generator, device=device)[mine]
+    noise = torch.randn(shape, generator=generator, device=device)[mine].clone()  # not the others'
     t = sample_timesteps(config.batch_size, config.shift, generator)[mine]
     drop = torch.rand(config.batch_size, generator=generator, device=device)[mine]
     x, text = latents.to(device, non_blocking=True), text.to(device, non_blocking=True)
@@ -169,7 +169,7 @@ def train_step(model, optimizers, config, step, autocast, x, noise, t, text, sta
             output = model(x_t[part], t[part], text[part], None, stay[part]).float()
         truth = x[part] if config.predict == "x" else noise[part] - x[part]
         error = velocity(output, x_t[part], t[part], config.predict) \
-            - velocity(truth, x_t[part], t[part], config.predict)      # (x - output) / t, or v's
+            - velocity(truth, x_t[part], t[part], config.predict)    # x_t cancels: (x - output) / t
         loss = error.square().mean() * len(output) / len(x)
         loss.backward()
         total += loss.detach()
@@ -207,9 +207,9 @@ def train(config):
             state = torch.load(checkpoint, map_location=device, weights_only=True)
             refuse_differences(out, state["config"], asdict(config), FREE)
             step, seconds, log_size = state["step"], state["seconds"], state["log_size"]
-            network.load_state_dict(state["network"])
-            ema.load_state_dict(state["ema"])
-            for optimizer, kept in zip(optimizers, state["optimizers"], strict=True):
+            network.load_state_dict(state.pop("network"))            # pop: frees the copy
+            ema.load_state_dict(state.pop("ema"))
+            for optimizer, kept in zip(optimizers, state.pop("optimizers"), strict=True):
                 optimizer.load_state_dict(kept)
         except Exception as error:             # torch.load raises many kinds for a broken file
             raise Refused(f"{checkpoint} cannot go on: {' '.join(str(error).split())[:600]}")
@@ -250,10 +250,10 @@ def train(config):
     stopped, parent = [], os.getppid()
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda *_: stopped.append(True))
-    loader = torch.utils.data.DataLoader(
-        cache, batch_sampler=batches(len(cache), config, step, rank, world), collate_fn=tuple,
-        num_workers=2 if device.type == "cuda" else 0, pin_memory=device.type == "cuda")
     gpu = torch.cuda.get_device_name() if device.type == "cuda" else ""
+    loader = torch.utils.data.DataLoader(      # fork: workers share the maps, and ignore Ctrl-C
+        cache, batch_sampler=batches(len(cache), config, step, rank, world), collate_fn=tuple,
+        **(dict(num_workers=2, multiprocessing_context="fork", pin_memory=True) if gpu else {}))
     peak = next((flops for name, flops in PEAK_FLOPS.items() if name in gpu), None)
     if peak:                                  # count the products of a forward pass of all tokens
         with FlopCounterMode(display=False) as counter, torch.device("meta"):
@@ -273,7 +273,7 @@ def train(config):
         inputs = training_inputs(latents, text, cache, config, step, rank)
         loss, norm = train_step(model, optimizers, config, step, autocast, *inputs)
         losses.append(loss)
-        ema.update_parameters(network)
+        ema.multi_avg_fn([*ema.parameters()], [*network.parameters()], None)  # no wait for the GPU
         step += 1
         bar.update()
         if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != parent:
