@@ -447,7 +447,7 @@ def finish(out, settings, codec, encode_text):
         print(f"{times:,} x {reason}")
     total, side = sum(shard["count"] for shard in shards), settings["size"] // codec.factor
     if not total:
-        raise Refused(f"no picture in {settings['source']} can be used; delete {out}/shard-*, try again")
+        raise Refused(f"no picture in {settings['source']} is usable; fix it, delete {out}/shard*")
     mean, squares = sum(np.array(shard["sums"]) for shard in shards) / (total * side ** 2)
     tokens = int(max(np.diff(np.load(folder / "offsets.npy")).max(initial=0) for folder in folders))
     np.save(out / "null.npy", pad(encode_text([""]), tokens)[0].half().numpy())
