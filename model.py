@@ -264,8 +264,7 @@ def read_safetensors(path):
         if (*begins, len(data)) != (0, *ends):
             raise ValueError("the tensors do not lie one behind the other to the end")
         return {name: torch.from_numpy(data[slice(*entry["data_offsets"])])
-                .view(DTYPES[entry["dtype"]]).view(entry["shape"])
-                for name, entry in header.items()}
+            .view(DTYPES[entry["dtype"]]).view(entry["shape"]) for name, entry in header.items()}
     except Exception as error:               # a header can be wrong in more ways than one can name
         raise Refused(f"{path} is not a whole safetensors file: {error!r}")
 

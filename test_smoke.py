@@ -310,11 +310,11 @@ def test_processes_and_parts_of_a_batch_change_nothing(trained, tmp_path):
     np.testing.assert_allclose(others, [one, one], rtol=1e-4)
 
 @pytest.mark.parametrize("name, damage", [
-    ("meta.json", lambda data: data.replace(b'"tokens"', b'"t"')), ("meta.json", lambda data: b"{"),
-    ("shard-00000/latents.npy", lambda data: data[:-9]), ("shard-00000/offsets.npy", None),
-    ("shard-00000/text.npy", lambda data: data[:-2] + b"\xff\x7f"), ("null.npy", lambda data: b"")])
+    ("meta.json", lambda d: d.replace(b'"tokens"', b'"t"')), ("meta.json", lambda d: b"{"),
+    ("latents.npy", lambda d: d[:-9]), ("null.npy", lambda d: b""), ("offsets.npy", None),
+    ("text.npy", lambda d: d[:-1] + b"\x7f"), ("offsets.npy", lambda d: d[:136] + d[:8] + d[144:])])
 def test_a_broken_cache_is_refused(trained, name, damage, tmp_path):
-    path = shutil.copytree(trained / "data/scenes", tmp_path / "cache") / name
+    path = next(shutil.copytree(trained / "data/scenes", tmp_path / "cache").rglob(name))
     path.write_bytes(damage(path.read_bytes())) if damage else path.unlink()
     with pytest.raises(M.Refused, match=name):
         T.Cache(tmp_path / "cache", "cpu")

@@ -86,6 +86,8 @@ class Cache(torch.utils.data.Dataset):
             for name, pictures in self.meta["shards"].items():
                 shard = folder / name
                 offsets = load_array(shard / "offsets.npy", "int64", pictures + 1)
+                if offsets[0] or not {*np.diff(offsets)} <= {*range(tokens + 1)}:
+                    raise Refused(f"{shard}/offsets.npy does not rise from 0 by up to {tokens}")
                 self.shards.append((
                     load_array(shard / "latents.npy", self.meta["dtype"], pictures, *shape),
                     load_array(shard / "text.npy", "float16", offsets[-1], dim), offsets))
@@ -142,9 +144,8 @@ def make_optimizers(network, config):
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
 FREE = ("out", "save_every", "sample_every", "micro_batch", "compile")   # may change on resuming
 def training_inputs(latents, text, cache, config, step, rank):
-    """This process's clean x and noise (B, C, H, W), t (B,), text, some of it dropped, and tokens
-    (B, S) that skip no block. What is random comes from seed and step, the same for any number of
-    processes and after a resume."""
+    """This process's clean x and noise (B, C, H, W), t (B,), text, partly dropped, tokens (B, S)
+    that skip no block; random by seed and step alone, for any number of processes or resumes."""
     device, mine = cache.null.device, slice(rank, None, config.batch_size // len(latents))
     generator = torch.Generator(device).manual_seed(config.seed * 2 ** 32 + step)
     shape = config.batch_size, *latents.shape[1:]
