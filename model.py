@@ -5,10 +5,7 @@
 - positions come from a 2-D rotary embedding of the image tokens; text tokens carry none
 - parameters carry the names of diffusers' `PRXTransformer2DModel`: weights go both ways unconverted
 """
-import contextlib
-import json
-import math
-import os
+import contextlib, json, math, os
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,6 +17,15 @@ import torch.nn.functional as F
 
 class Refused(ValueError):
     """Input that cannot be used; the text is the sentence that the user reads."""
+
+@contextlib.contextmanager
+def refusing(sentence):
+    """Turn what is raised inside, which broken input does in many ways, into a Refused."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(f"{error}".split())[:600] if str(error).count(" ") else repr(error)
+        raise error if isinstance(error, Refused) else Refused(f"{sentence}: {reason}")
 # ------------------------------------------------------------------------------ the transformer
 @dataclass
 class PRXConfig:
@@ -170,19 +176,15 @@ class PRX(nn.Module):
         folder = fetch(source, "*config.json", "*diffusion_pytorch_model*.safetensors")
         if (folder / "transformer").is_dir():
             folder = folder / "transformer"
-        config, weights = read_json(folder / "config.json"), {}
-        for file in sorted(folder.glob("diffusion_pytorch_model*.safetensors")):
-            weights |= read_safetensors(file)
+        config = read_json(folder / "config.json")
+        weights = read_weights(folder, "diffusion_pytorch_model*.safetensors")
         sizes = {name: config[name] for name in PRXConfig.__annotations__ if name in config}
-        try:
+        with refusing(f"{folder} does not hold a PRX"):
             model = cls(PRXConfig(**sizes))
             model.load_state_dict(weights)
-        except Exception as error:              # sizes can be wrong in more ways than one can name
-            raise Refused(f"{folder} does not hold a PRX: {' '.join(str(error).split())[:300]}")
         return model
     def save_pretrained(self, folder):
         """Write `config.json` and `diffusion_pytorch_model.safetensors` for diffusers and us."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
         write_safetensors(f"{folder}/diffusion_pytorch_model.safetensors", self.state_dict())
         write_json(f"{folder}/config.json",
                    {"_class_name": "PRXTransformer2DModel", **asdict(self.config)})
@@ -194,9 +196,8 @@ def shift_time(t, shift):
     return shift * t / (1 + (shift - 1) * t)
 
 def sample_timesteps(n, shift, generator):
-    """n timesteps to train on, on the generator's device: the sigmoid of a normal (SD3), one in ten
-    uniform instead, then shifted, never below 1e-3 (PRX). Their quantiles are evenly spaced from a
-    random start, so that the loss varies less (VDM, 2107.00630)."""
+    """n timesteps on the generator's device: sigmoids of a normal (SD3), a tenth uniform, shifted,
+    never below 1e-3 (PRX). Their quantiles are evenly spaced, to vary less (VDM, 2107.00630)."""
     start, rare = torch.rand(2, n, generator=generator, device=generator.device)
     uniform = (torch.arange(n, device=generator.device) / n + start[0]) % 1
     normal = 2 ** 0.5 * torch.erfinv(2 * uniform - 1)  # the normal's quantile (MPS lacks ndtri)
@@ -206,15 +207,27 @@ def add_noise(x, noise, t):
     """The point x_t of the path for x and noise (B, C, H, W) and t (B,)."""
     return torch.lerp(x, noise, t[:, None, None, None])
 
-def velocity(output, x_t, t, predict):
+def velocity(output, x_t, t, predict, t_floor=0.05):
     """The velocity that an output at x_t (B, C, H, W) and t (B,) stands for: itself for "v", for
-    "x" derived from the clean picture (JiT, 2511.13720), clamped near t = 0 as JiT and PRX do."""
-    return output if predict == "v" else (x_t - output) / t.clamp(min=0.05)[:, None, None, None]
-# ----------------------------------------------------------------------------- files, whole or not
+    "x" derived from the clean picture (JiT, 2511.13720), t clamped near 0 as JiT and PRX do."""
+    return output if predict == "v" else (x_t - output) / t.clamp(min=t_floor)[:, None, None, None]
+# ----------------------------------------------------------------------------- device and files
+def pick_device():
+    """The device, CUDA before Apple's MPS before the CPU, and whether it computes well in bf16."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(rank := int(os.getenv("LOCAL_RANK", 0)))               # of torchrun
+        return torch.device("cuda", rank), torch.cuda.is_bf16_supported(including_emulation=False)
+    if torch.backends.mps.is_available():
+        return torch.device("mps"), False
+    has = torch.cpu.get_capabilities().get        # Intel's, without AMX, are a quarter slower so
+    bf16 = has("amx_bf16") or has("avx512_bf16") and "Intel" not in str(has("cpu_name"))
+    return torch.device("cpu"), bool(bf16)
+
 @contextlib.contextmanager
 def whole_file(path):
     """A binary file to write to, which gets its name only once it is complete and on the disk."""
     partial = Path(f"{path}.partial")
+    partial.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(partial, "wb") as file:
             yield file
@@ -233,21 +246,17 @@ def write_json(path, value):
 
 def read_json(path):
     """The object in a JSON file. Raises Refused where it is missing or broken."""
-    try:
+    with refusing(f"{path} cannot be used"):
         return dict(json.loads(Path(path).read_bytes()).items())
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise Refused(f"{path} cannot be used: {error}")
 
 def fetch(source, *patterns):
     """`source` if it is a folder, else the folder into which the files of that Hub repository that
     match the patterns were downloaded. Raises Refused where there is neither."""
     if Path(source).is_dir():
         return Path(source)
-    from huggingface_hub import errors, snapshot_download           # slow to import, seldom needed
-    try:
+    from huggingface_hub import snapshot_download                   # slow to import, seldom needed
+    with refusing(f"{source} is no folder here, nor given by the Hub"):
         return Path(snapshot_download(str(source), allow_patterns=patterns))
-    except (errors.HFValidationError, errors.LocalEntryNotFoundError, errors.HfHubHTTPError) as e:
-        raise Refused(f"{source} is no folder here, nor given by the Hub: {str(e).splitlines()[0]}")
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
@@ -255,7 +264,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 def read_safetensors(path):
     """The tensors of a safetensors file by name, mapped into memory. The format: an 8-byte length,
     a JSON header of dtypes, shapes and offsets, raw bytes without gaps. Raises Refused."""
-    try:
+    with refusing(f"{path} is not a whole safetensors file"):
         data = np.memmap(path, np.uint8, "c")      # "c": what is written to is copied
         length = int.from_bytes(data[:8].tobytes(), "little")
         header, data = json.loads(data[8:8 + length].tobytes()), data[8 + length:]
@@ -265,8 +274,11 @@ def read_safetensors(path):
             raise ValueError("the tensors do not lie one behind the other to the end")
         return {name: torch.from_numpy(data[slice(*entry["data_offsets"])])
             .view(DTYPES[entry["dtype"]]).view(entry["shape"]) for name, entry in header.items()}
-    except Exception as error:               # a header can be wrong in more ways than one can name
-        raise Refused(f"{path} is not a whole safetensors file: {error!r}")
+
+def read_weights(folder, pattern):
+    """All tensors in the safetensors files of a folder that match a pattern. Raises Refused."""
+    return dict(pair for file in sorted(folder.glob(pattern))
+                for pair in read_safetensors(file).items())
 
 def write_safetensors(path, tensors):
     """Write tensors by name as a safetensors file, whole or not at all."""

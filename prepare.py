@@ -15,17 +15,7 @@ A caption stands beside its picture under the same name, in a .txt or in a .json
                             offsets.npy   (N + 1), ... caption i in rows offsets[i]:offsets[i + 1]
                             captions.txt  a line each
 """
-import argparse
-import contextlib
-import csv
-import hashlib
-import inspect
-import io
-import json
-import os
-import re
-import shutil
-import tarfile
+import argparse, contextlib, csv, hashlib, inspect, io, json, os, re, shutil, tarfile
 from collections import Counter, namedtuple
 from functools import partial
 from itertools import islice
@@ -34,14 +24,14 @@ from typing import Literal, get_args
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from model import Refused, read_json, write_json
+from model import Refused, fetch, pick_device, read_json, read_weights, refusing, write_json
 # --------------------------------------------------------------------- the built-in world: scenes
-# Coloured shapes on a coloured ground. Since the scene behind a prompt is known, a picture can be
-# checked for it, as GenEval (arXiv 2310.11513) does with an object detector on photographs.
+# Since the scene behind a prompt is known, a picture can be checked for it (GenEval, 2310.11513).
 COLOURS = {"red": (225, 35, 40), "green": (40, 165, 70), "blue": (40, 85, 225),
            "yellow": (250, 215, 45), "purple": (165, 50, 190), "cyan": (60, 205, 225),
            "white": (245, 245, 245), "black": (20, 20, 25)}
@@ -133,35 +123,23 @@ def read_scene(picture):
     scene = Scene(ground, things)
     return scene, (np.linalg.norm(picture - render(scene, size), axis=-1) > 110).mean() < 0.01
 
-def judge(picture, scene):
-    """What of a scene a picture (size, size, 3) uint8 shows rightly: a dict of attributes."""
-    seen, clean = read_scene(picture)
-    there = {thing.place: thing for thing in seen.things}
-    pairs = [(thing, there.get(thing.place)) for thing in scene.things]
-    return {"ground": seen.ground == scene.ground, "count": len(seen.things) == len(pairs), **{
-        name: all(found and getattr(found, name) == getattr(thing, name) for thing, found in pairs)
-        for name in ("place", "colour", "shape")}, "clean": bool(clean)}
-
 def check(picture, scene):
     """Whether a picture (size, size, 3) uint8 shows a scene: all of it, and nothing else."""
-    return all(judge(picture, scene).values())
+    seen, clean = read_scene(picture)
+    wanted, things = ({thing[:3] for thing in each.things} for each in (scene, seen))
+    return bool(clean) and seen.ground == scene.ground and things == wanted
 # --------------------------------------------------------- where pictures and captions come from
 # A source has parts, each of which makes a shard. A part is a list of items (name, caption, load);
 # load() gives the picture, PIL in RGB, or raises Refused with the reason why not.
 PART = 4096                    # items in a part, where the source is not a tar
 ENDINGS = Image.registered_extensions()          # a dict of formats, all of them loaded by this
 FORMATS = [kind for kind in Image.OPEN if kind != "EPS"]      # which would run a stranger's program
-MAX_PIXELS = 100_000_000
-Image.MAX_IMAGE_PIXELS = None                    # Pillow only warns at first; load_picture refuses
+Image.MAX_IMAGE_PIXELS = 50_000_000              # Pillow refuses a picture of twice as many
 
 def load_picture(read):
-    """The picture in the bytes that read() gives: RGB, upright, on white where it is transparent.
-    Raises Refused where there is none."""
+    """The RGB picture in what read() gives, upright, on white where transparent. Raises Refused."""
     try:
-        picture = Image.open(io.BytesIO(read()), formats=FORMATS)
-        if picture.width * picture.height > MAX_PIXELS:
-            raise Refused(f"more than {MAX_PIXELS:,} pixels")
-        picture = ImageOps.exif_transpose(picture)
+        picture = ImageOps.exif_transpose(Image.open(io.BytesIO(read()), formats=FORMATS))
         if picture.mode.startswith("I"):                                      # 16 bits of grey
             picture = Image.fromarray((np.asarray(picture) / 257).clip(0, 255).astype(np.uint8))
         if picture.has_transparency_data:
@@ -169,9 +147,9 @@ def load_picture(read):
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
         return picture.convert("RGB")
     except Exception as error:         # Pillow's decoders raise whatever they come upon
-        if isinstance(error, Refused) or getattr(error, "errno", None):          # the disk's fault
+        if getattr(error, "errno", None):                                        # the disk's fault
             raise
-        raise Refused("broken picture")
+        raise Refused("broken picture, or of more than 100,000,000 pixels")
 
 def read_captions(stem, name, text):
     """Yield captions with their picture's stem or name, from the text of a file beside pictures."""
@@ -214,8 +192,7 @@ def list_items(source):
             for stem, name, load in pictures]
 
 def list_scenes(first, size, short):
-    """The items of a part of the scenes; a scene's number is its seed. Every third caption leaves
-    the ground open, so that a prompt may."""
+    """The items of a part of the scenes. Every third caption leaves the ground open."""
     scenes = [(n, random_scene(np.random.default_rng(n))) for n in range(first, first + PART)]
     return [("", caption(scene, short).split("\n" if n % 3 else " on a ")[0],
              lambda scene=scene: Image.fromarray(render(scene, size))) for n, scene in scenes]
@@ -261,17 +238,54 @@ def read_source(source):
 class Pixels:
     """The codec that leaves pictures as they are; the cache keeps them as uint8."""
     channels, factor, dtype = 3, 1, "uint8"
-    def encode(self, images):
-        return images
-    def decode(self, latents):
-        return latents.clamp(-1, 1)
+    encode = decode = staticmethod(lambda images: images)
 
-def load_codec(name):
-    """The codec of that name. `encode` makes images (B, 3, H, W) in [-1, 1] latents (B, channels,
-    H / factor, W / factor), `decode` undoes it. Raises Refused where there is none."""
-    if name != "pixels":
-        raise Refused(f"there is no codec named {name}; there is pixels")
-    return Pixels()
+class TinyAutoencoder:
+    """TAESD and its kin (github.com/madebyollin/taesd): convolutions and ReLU blocks, 64 wide, that
+    make 8 x 8 pixels one latent, in float16 in the cache. The weights are named as in diffusers'
+    AutoencoderTiny. Layers: c a convolution, d one that halves, u doubling, r ReLU, b a block."""
+    factor, dtype = 8, "float16"
+    def __init__(self, weights):
+        self.weights, self.channels = weights, len(weights["encoder.layers.14.bias"])
+    def encode(self, images):
+        return self.run("encoder", "cbdbbbdbbbdbbbc", images / 2 + 0.5)
+    def decode(self, latents):
+        return self.run("decoder", "crbbbucbbbucbbbucbc", 3 * torch.tanh(latents / 3)) * 2 - 1
+    def conv(self, x, name, stride=1):
+        weight, bias = self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias")
+        return F.conv2d(x.to(weight.device), weight, bias, stride, padding=weight.shape[-1] // 2)
+    @torch.no_grad()
+    def run(self, part, layers, x):
+        for number, kind in enumerate(layers):
+            name = f"{part}.layers.{number}"
+            if kind in "cd":
+                x = self.conv(x, name, 2 if kind == "d" else 1)
+            elif kind == "u":
+                x = F.interpolate(x, scale_factor=2)
+            elif kind == "b":
+                if f"{name}.pool.0.weight" in self.weights:         # taef2's, where x is smallest
+                    norm = (self.weights[f"{name}.pool.1.{each}"] for each in ("weight", "bias"))
+                    y = F.relu(F.group_norm(self.conv(x, f"{name}.pool.0"), 4, *norm))
+                    x = x + self.conv(y, f"{name}.pool.3")
+                y = F.relu(self.conv(x, f"{name}.conv.0"))
+                y = F.relu(self.conv(y, f"{name}.conv.2"))
+                x = x + self.conv(y, f"{name}.conv.4")
+            x = F.relu(x) if kind in "rb" else x
+        return x
+
+def load_codec(name, device="cpu"):
+    """The codec of that name: pixels, or a tiny autoencoder (taesd, taesdxl, taesd3, taef1, taef2,
+    another Hub repository or a folder). `encode` makes images (B, 3, H, W) in [-1, 1] latents
+    (B, channels, H / factor, W / factor), `decode` undoes it. Raises Refused."""
+    if name == "pixels":
+        return Pixels()
+    source = name if Path(name).is_dir() or "/" in name else f"madebyollin/{name}"
+    folder = fetch(source, "diffusion_pytorch_model.safetensors", "taef2.safetensors")
+    with refusing(f"{folder} does not hold a tiny autoencoder"):
+        weights = read_weights(folder, "*.safetensors")
+        codec = TinyAutoencoder({key: w.float().to(device) for key, w in weights.items()})
+        codec.decode(codec.encode(torch.zeros(1, 3, 8, 8, device=device)))
+    return codec
 
 class Words:
     """Text embeddings that need no download. A word is a random vector seeded by its own spelling
@@ -305,9 +319,9 @@ def pad(embeddings, tokens):
 def number(kind, low, high=10 ** 12):
     """A type for flags: int or float, from low to high."""
     def parse(text):
-        if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not from {low:g} to {high:g}")
-        return kind(text)
+        if low <= kind(text) <= high:
+            return kind(text)
+        raise argparse.ArgumentTypeError(f"{text} is not from {low:g} to {high:g}")
     parse.__name__ = kind.__name__                                          # for argparse's errors
     return parse
 count, natural = number(int, 1), number(int, 0, 2 ** 31 - 1)           # a seed has 31 bits
@@ -321,12 +335,11 @@ def run_script(settings, description, run=lambda done: done, **nargs):
         formatter_class=argparse.RawDescriptionHelpFormatter)
     comments = dict(re.findall(r"(?m)^    (\w+):[^#\n]*# +(.*)$", inspect.getsource(settings)))
     for name, flag in inspect.signature(settings).parameters.items():
-        choices = get_args(flag.annotation)                         # of Literal["one", "other"]
-        how = {"choices": choices} if choices else {"type": flag.annotation}
+        how = {"type": flag.annotation, "nargs": nargs.get(name)}
+        if choices := get_args(flag.annotation):                     # of Literal["one", "other"]
+            how = {"choices": choices}
         if flag.annotation is bool:
             how = {"action": "store_true"}
-        if name in nargs:
-            how["nargs"] = nargs[name]
         parser.add_argument(name if name in nargs else "--" + name.replace("_", "-"), **how,
                             default=flag.default, help=f"{comments[name]} (default: %(default)r)")
     try:
@@ -342,7 +355,7 @@ def prepare(
     out: str = "",               # folder of the cache; "": data/ and the source's name
     size: natural = 0,           # side of the square pictures in pixels; 0: 32 for scenes, else 256
     limit: natural = 0,          # look at no more (a process: its share); 0: 20,000 scenes, or all
-    codec: str = "pixels",       # what makes latents of pictures: pixels
+    codec: str = "pixels",       # what makes latents of pictures: pixels, taef2, taesd, ...
     text: str = "words",         # what makes embeddings of captions: words
     max_tokens: count = 64,      # where captions are cut
     captions: Literal["long", "short"] = "long",   # how scenes are told
@@ -357,14 +370,13 @@ def prepare(
     if (out / "settings.json").exists():
         refuse_differences(out, read_json(out / "settings.json"), settings)
     if (out / "meta.json").exists():
-        print(f"{out} is complete")
-        return
-    codec, encode_text = load_codec(codec), load_text_encoder(text)
+        return print(f"{out} is complete")
+    device, bf16 = pick_device()
+    codec, encode_text = load_codec(codec, device), load_text_encoder(text)
     if captions == "short" and not scenes:
         raise Refused("--captions short is for scenes; other pictures have what they have")
     parts = list_parts(source, size, captions == "short")
     rank, world = int(os.getenv("RANK", 0)), int(os.getenv("WORLD_SIZE", 1))
-    out.mkdir(parents=True, exist_ok=True)
     if rank == 0:
         write_json(out / "settings.json", settings)
     left = limit // world + (rank < limit % world)
@@ -373,7 +385,8 @@ def prepare(
     for number, part in islice(enumerate(parts), rank, None, world):
         folder = out / f"shard-{number:05d}"
         if not folder.exists():
-            write_shard(folder, part()[:left], settings, codec, encode_text, bar)
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                write_shard(folder, part()[:left], settings, codec, encode_text, bar)
         left -= read_json(folder / "shard.json")["seen"]
         if left <= 0:
             break
@@ -405,7 +418,7 @@ def write_shard(folder, items, settings, codec, encode_text, bar):
     """Encode items into the folder of a shard, which gets its name when it is whole."""
     unfinished, side = folder.with_suffix(".partial"), settings["size"] // codec.factor
     shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
+    unfinished.mkdir(parents=True)
     offsets, report, sums = [0], Counter(), np.zeros((2, codec.channels))
     load = partial(load_squares, size=settings["size"], min_size=settings["min_size"])
     batches = DataLoader(items, 64, collate_fn=load, num_workers=0 if settings["source"] == "scenes"
@@ -421,7 +434,7 @@ def write_shard(folder, items, settings, codec, encode_text, bar):
                 report[reason] += 1
                 if report[reason] <= 3:
                     bar.write(f"left out {name}: {reason}")
-            latents = codec.encode(pictures.permute(0, 3, 1, 2) / 127.5 - 1).double().cpu().numpy()
+            latents = codec.encode(pictures.permute(0, 3, 1, 2) / 127.5 - 1).cpu().double().numpy()
             sums += latents.sum((0, 2, 3)), np.square(latents).sum((0, 2, 3))
             if codec.dtype == "uint8":
                 latents = ((latents + 1) * 127.5).round()

@@ -4,7 +4,6 @@
     python sample.py "a boat on a lake" --run out/photos --n 4 --out boats/     # single files
     python sample.py --score                             # the prompt accuracy on held-out scenes
 """
-import os
 import textwrap
 from pathlib import Path
 
@@ -12,8 +11,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from model import PRX, Refused, fetch, read_json, shift_time, velocity, whole_file
-from prepare import (caption, count, judge, load_codec, load_text_encoder, natural, pad,
+from model import (PRX, Refused, fetch, pick_device, read_json, refusing, shift_time, velocity,
+                   whole_file)
+from prepare import (caption, check, count, load_codec, load_text_encoder, natural, pad,
                      random_scene, run_script, weight)
 
 def generate(model, text, null, noise, steps=20, guidance=2.0, predict="x", shift=1.0):
@@ -29,33 +29,31 @@ def generate(model, text, null, noise, steps=20, guidance=2.0, predict="x", shif
     return x
 
 @torch.no_grad()
-def draw(model, codec, info, text, null, seeds, steps=20, guidance=2.0):
-    """Pictures (B, H, W, 3) uint8 for text (B, L, D). Each begins with the noise of its own seed,
-    so that it is the same whatever else is drawn; `info` is what a run's nanoprx.json holds."""
+def draw(model, codec, encode_text, info, prompts, seeds, steps=20, guidance=2.0):
+    """Pictures (B, H, W, 3) uint8 for prompts. Each begins with the noise of its own seed, so that
+    it is the same whatever else is drawn; `info` is what a run's nanoprx.json holds."""
     device, pictures = next(model.parameters()).device, []
     mean, std = (torch.tensor(info[key], device=device).view(-1, 1, 1) for key in ("mean", "std"))
-    for some in range(0, len(text), 64):
+    for some in range(0, len(prompts), 64):
+        text, null = (pad(encode_text(captions), info["tokens"]).to(device)
+                      for captions in (prompts[some:some + 64], [""]))
         noise = torch.stack([
             torch.randn(info["latent_shape"], generator=torch.Generator().manual_seed(seed))
             for seed in seeds[some:some + 64]]).to(device)
-        latents = generate(model, text[some:some + 64].to(device), null.to(device), noise, steps,
-                           guidance, info["predict"], info["shift"])
-        images = codec.decode(latents * std + mean).float().clamp(-1, 1)
+        x = generate(model, text, null, noise, steps, guidance, info["predict"], info["shift"])
+        images = codec.decode(x * std + mean).float().clamp(-1, 1)
         pictures.append(((images + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy())
     return np.concatenate(pictures)
 
-def score(model, codec, info, encode_text, steps=20, guidance=2.0):
-    """The share of 512 fixed held-out scenes drawn as prompted: all of the scene, each attribute,
-    and all of the eighth ("composition") whose colour and shape were never trained together."""
+def score(model, codec, encode_text, info, steps=20, guidance=2.0):
+    """The share of 512 fixed held-out scenes drawn as prompted, and that of the eighth of them
+    ("composition") whose colour and shape were never trained together."""
     rng = np.random.default_rng(0)
     scenes = [random_scene(rng, "held-out" if n % 8 else "composition") for n in range(512)]
-    text, null = (pad(encode_text(some), info["tokens"])
-                  for some in ([caption(scene) for scene in scenes], [""]))
-    pictures = draw(model, codec, info, text, null[0], range(512), steps, guidance)
-    verdicts = [judge(picture, scene) for picture, scene in zip(pictures, scenes)]
-    passed = [all(verdict.values()) for verdict in verdicts]
-    return {"all": np.mean(passed), "composition": np.mean(passed[::8]),
-            **{name: np.mean([verdict[name] for verdict in verdicts]) for name in verdicts[0]}}
+    prompts = [caption(scene) for scene in scenes]
+    pictures = draw(model, codec, encode_text, info, prompts, range(512), steps, guidance)
+    passed = [check(picture, scene) for picture, scene in zip(pictures, scenes)]
+    return {"all": np.mean(passed), "composition": np.mean(passed[::8])}
 prompt_accuracy = score           # `sample` has a flag of that name
 
 def grid(pictures, prompts, columns):
@@ -72,23 +70,6 @@ def grid(pictures, prompts, columns):
         ImageDraw.Draw(sheet).multiline_text((x, y + height * scale), line, "black",
                                              ImageFont.load_default(11), spacing=2)
     return sheet
-
-def save_png(picture, path):
-    """Write a PIL picture as PNG, whole or not at all."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as file:
-        picture.save(file, "png")
-
-def pick_device():
-    """The device, CUDA before Apple's MPS before the CPU, and whether it computes well in bf16."""
-    if torch.cuda.is_available():
-        torch.cuda.set_device(rank := int(os.getenv("LOCAL_RANK", 0)))               # of torchrun
-        return torch.device("cuda", rank), torch.cuda.is_bf16_supported(including_emulation=False)
-    if torch.backends.mps.is_available():
-        return torch.device("mps"), False
-    has = torch.cpu.get_capabilities().get        # Intel's, without AMX, are a quarter slower so
-    bf16 = has("amx_bf16") or has("avx512_bf16") and "Intel" not in str(has("cpu_name"))
-    return torch.device("cpu"), bool(bf16)
 
 def sample(
     prompts: str = (),            # what to draw, cut to the length of the longest training caption
@@ -109,30 +90,30 @@ def sample(
     folder = fetch(run, "*.json", "*.safetensors")
     folder = folder / "ema" if (folder / "ema").is_dir() else folder
     info = read_json(folder / "nanoprx.json")
-    needed = "codec text tokens latent_shape mean std predict shift"
-    if missing := set(needed.split()) - info.keys():
-        raise Refused(f"{folder}/nanoprx.json has no {', '.join(sorted(missing))}")
+    with refusing(f"{folder}/nanoprx.json lacks something"):
+        [info[key] for key in "codec text tokens latent_shape mean std predict shift".split()]
     if score and info.get("source") != "scenes":
         raise Refused(f"{run} was not trained on scenes; the prompt accuracy is for those")
     device, bf16 = pick_device()
     model = PRX.from_pretrained(folder).to(device).eval()
-    codec, encode_text = load_codec(info["codec"]), load_text_encoder(info["text"])
+    codec, encode_text = load_codec(info["codec"], device), load_text_encoder(info["text"])
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         if score:
-            shares = prompt_accuracy(model, codec, info, encode_text, steps, guidance)
-            print(*(f"{name:12}{share:7.1%}" for name, share in shares.items()), sep="\n")
-            return
+            shares = prompt_accuracy(model, codec, encode_text, info, steps, guidance)
+            return print(*(f"{name:12}{part:7.1%}" for name, part in shares.items()), sep="\n")
         prompts = [prompt for prompt in prompts for _ in range(n)]
         seeds = [seed + number % n for number in range(len(prompts))]
-        text, null = (pad(encode_text(some), info["tokens"]) for some in (prompts, [""]))
-        pictures = draw(model, codec, info, text, null[0], seeds, steps, guidance)
+        pictures = draw(model, codec, encode_text, info, prompts, seeds, steps, guidance)
     if out.lower().endswith(".png"):
-        save_png(grid(pictures, prompts, n if 1 < n < 9 else min(len(prompts), 6)), out)
-        print(f"{out} shows {len(pictures)} pictures")
-        return
-    for number, picture in enumerate(pictures):
-        save_png(Image.fromarray(picture), path := f"{Path(out)}/{number:04d}.png")
-        print(f"{path}: {prompts[number]!r} (seed {seeds[number]})")
+        sheet = grid(pictures, prompts, n if 1 < n < 9 else min(len(prompts), 6))
+        files = [(out, sheet, f"{len(pictures)} pictures")]
+    else:
+        files = [(f"{Path(out)}/{i:04d}.png", Image.fromarray(picture), f"{prompt!r}, seed {s}")
+                 for i, (picture, prompt, s) in enumerate(zip(pictures, prompts, seeds))]
+    for path, picture, what in files:
+        with whole_file(path) as file:
+            picture.save(file, "png")
+        print(f"{path}: {what}")
 
 if __name__ == "__main__":
     run_script(sample, __doc__, prompts="*")

@@ -6,9 +6,7 @@
 The same command again goes on where the run stopped. The folder of a run, out/scenes, holds
 `ckpt.pt`, `ema/` (the averaged weights, to sample with), `log.csv`, `samples/`, `learning.gif`.
 """
-import os
-import signal
-import time
+import os, signal, time
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,30 +19,31 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from model import (PRX, PRXConfig, Refused, add_noise, read_json, sample_timesteps, velocity,
-                   whole_file, write_json)
+from model import (PRX, PRXConfig, Refused, add_noise, pick_device, read_json, refusing,
+                   sample_timesteps, velocity, whole_file, write_json)
 from prepare import (count, load_codec, load_text_encoder, natural, pad, positive,
                      prepare, refuse_differences, run_script, share)
-from sample import draw, grid, pick_device, save_png, score
+from sample import draw, grid, score
 
 @dataclass
 class Config:
     """All settings of a run. Each field is a flag, and its comment the help."""
     data: str = "data/scenes"      # a cache that prepare.py wrote
     out: str = ""                  # folder of the run; "": out/ and the cache's name
-    steps: count = 1400            # optimizer steps
+    steps: count = 1100            # optimizer steps
     batch_size: count = 128        # pictures in a step, over all processes
     micro_batch: natural = 0       # pictures a process takes at once, to save memory; 0: all
     seed: natural = 0              # of the weights, the order, the noise and the timesteps
     save_every: count = 500        # steps from checkpoint to checkpoint
     sample_every: count = 200      # steps from sample grid to sample grid
-    patch_size: count = 8          # a token is patch_size x patch_size latents
-    width: count = 128             # hidden size of the network
-    depth: count = 3               # blocks
-    heads: count = 4               # attention heads
+    patch_size: natural = 0        # side of a token in latents; 0: 8 or more for pixels, else 2
+    width: natural = 0             # hidden size of the network; 0: 128 for pixels, else 384
+    depth: natural = 0             # blocks; 0: 3 for pixels, else 8
+    heads: natural = 0             # attention heads; 0: width / 64, at least 4
     mlp_ratio: positive = 3.0      # width of the MLP over hidden size
-    bottleneck: natural = 64       # width of the patches' bottleneck (PRX: 256, patch 32); 0: none
+    bottleneck: natural = 64       # of patches of pixels, its width (PRX: 256, patch 32); 0: none
     predict: Literal["x", "v"] = "x"                    # clean picture (JiT) or velocity
+    t_floor: share = 0.2           # t below it weighs as little in the loss (JiT and PRX: 0.05)
     shift: positive = 1.0          # timestep shift, in sampling too (PRX: 3 for pixels at 1024 px)
     route: share = 0.0             # share of tokens that skip the middle blocks (TREAD; PRX: 0.5)
     caption_dropout: share = 0.1   # share of captions left empty, for guidance (PRX: 0.1)
@@ -52,7 +51,7 @@ class Config:
     muon_lr: positive = 5e-3       # learning rate of Muon (PRX: 1e-4)
     lr: positive = 3e-3            # learning rate of AdamW (PRX: 1e-4)
     warmup: natural = 30           # steps of linear warm-up (PRX: 1,000)
-    cooldown: share = 0.4          # last share of the steps, with a linear cool-down (PRX: none)
+    cooldown: share = 0.3          # last share of the steps, with a linear cool-down (PRX: none)
     clip: positive = 1.0           # norm to which gradients are clipped (PRX: 0.2)
     ema: share = 0.98              # decay of the averaged weights, each step (PRX: 0.999 every 10)
     dtype: Literal["auto", "bf16", "fp32"] = "auto"     # autocast; auto: bf16 if there is hardware
@@ -63,24 +62,20 @@ class Config:
             raise Refused(f"--batch-size {self.batch_size} is not a multiple of the processes")
 # -------------------------------------------------------------------------------------- the data
 def load_array(path, dtype, *shape):
-    """The .npy file of that type and shape, mapped into memory. Raises Refused where it is missing,
-    broken, another, or not finite."""
-    try:
+    """The .npy file of that type and shape, mapped into memory. Raises Refused, also at NaN."""
+    with refusing(f"{path} cannot be used; prepare it anew"):
         array = np.load(path, mmap_mode="r")
-        right = (array.dtype, array.shape) == (dtype, shape) and (array.dtype.kind != "f" or all(
-            np.isfinite(array[row:row + 1024]).all() for row in range(0, len(array), 1024)))
-    except (OSError, ValueError, EOFError) as error:
-        raise Refused(f"{path} cannot be used: {error}")
-    if not right:
-        raise Refused(f"{path} does not hold finite {dtype} of shape {shape}; prepare it anew")
-    return array
+        if (array.dtype, array.shape) != (dtype, shape) or array.dtype.kind == "f" and not all(
+                np.isfinite(array[row:row + 1024]).all() for row in range(0, len(array), 1024)):
+            raise ValueError(f"it does not hold finite {dtype} of shape {shape}")
+        return array
 
 class Cache(torch.utils.data.Dataset):
     """What prepare.py wrote, mapped into memory; what goes with every batch is on the device.
     Raises Refused where a file is missing or broken, or does not fit meta.json."""
     def __init__(self, folder, device):
         self.meta, self.shards = read_json(folder / "meta.json"), []
-        try:
+        with refusing(f"{folder}/meta.json does not describe a cache"):
             shape, dim, tokens, *_ = (self.meta[key] for key in (
                 "latent_shape", "text_dim", "tokens", "source", "codec", "text"))
             for name, pictures in self.meta["shards"].items():
@@ -94,10 +89,8 @@ class Cache(torch.utils.data.Dataset):
             self.starts = np.cumsum([0, *self.meta["shards"].values()])
             self.mean = torch.tensor(self.meta["mean"], device=device).view(shape[0], 1, 1)
             self.std = torch.tensor(self.meta["std"], device=device).view(shape[0], 1, 1)
-            null = load_array(folder / "null.npy", "float16", tokens, dim)
-            self.null = torch.tensor(null, device=device).float()                # (tokens, D)
-        except (LookupError, TypeError, AttributeError, RuntimeError) as error:
-            raise Refused(f"{folder}/meta.json does not describe a cache: {error!r}")
+            null = torch.tensor(load_array(folder / "null.npy", "float16", tokens, dim))
+            self.null = null.to(self.mean)                                       # (tokens, D)
     def __len__(self):
         return int(self.starts[-1])
     def __getitems__(self, indices):
@@ -120,15 +113,19 @@ def batches(pictures, config, first_step, rank, world):
         yield [order(n // pictures)[n % pictures] for n in batch[rank::world]]
 # --------------------------------------------------------------------------- model and optimizers
 def make_model(config, meta):
-    """The network for a cache. Raises Refused where the patches do not fit its latents."""
-    channels, *sides = meta["latent_shape"]
+    """The network for a cache; fills in what is 0 in config. Raises Refused where sizes clash."""
+    (channels, *sides), pixels = meta["latent_shape"], meta["codec"] == "pixels"
+    config.patch_size = config.patch_size or (max(8, sides[0] // 16) if pixels else 2)
+    config.width = config.width or (128 if pixels else 384)
+    config.depth = config.depth or (3 if pixels else 8)
+    config.heads = config.heads or max(4, config.width // 64)
     if any(side % config.patch_size for side in sides):
         raise Refused(f"--patch-size {config.patch_size} does not divide latents of {sides}")
     return PRX(PRXConfig(
         in_channels=channels, patch_size=config.patch_size, context_in_dim=meta["text_dim"],
         hidden_size=config.width, mlp_ratio=config.mlp_ratio, num_heads=config.heads,
         depth=config.depth, axes_dim=(config.width // config.heads // 2,) * 2,
-        theta=100, bottleneck_size=config.bottleneck or None))  # 100: 2403.13298; PRX: 10000
+        theta=100, bottleneck_size=pixels and config.bottleneck or None))  # 2403.13298; PRX: 10000
 
 def make_optimizers(network, config):
     """AdamW, and Muon (kellerjordan.github.io/posts/muon) for the matrices inside the blocks, its
@@ -169,8 +166,8 @@ def train_step(model, optimizers, config, step, autocast, x, noise, t, text, sta
         with autocast:
             output = model(x_t[part], t[part], text[part], None, stay[part]).float()
         truth = x[part] if config.predict == "x" else noise[part] - x[part]
-        error = velocity(output, x_t[part], t[part], config.predict) \
-            - velocity(truth, x_t[part], t[part], config.predict)    # x_t cancels: (x - output) / t
+        where = x_t[part], t[part], config.predict, config.t_floor
+        error = velocity(output, *where) - velocity(truth, *where)       # (x - output) / t, for "x"
         loss = error.square().mean() * len(output) / len(x)
         loss.backward()
         total += loss.detach()
@@ -194,7 +191,7 @@ def train(config):
     if not (data / "meta.json").exists():
         if config.data != Config.data:
             raise Refused(f"there is no cache in {data}; python prepare.py SOURCE --out {data}")
-        make_model(config, {"latent_shape": (3, 32, 32), "text_dim": 1})  # refuses misfits first
+        make_model(config, {"latent_shape": (3, 32, 32), "text_dim": 1, "codec": "pixels"})
         prepare()
     cache = Cache(data, device)
     meta = cache.meta
@@ -204,7 +201,7 @@ def train(config):
     optimizers = make_optimizers(network, config)
     step, seconds, log_size, checkpoint = 0, 0.0, 0, out / "ckpt.pt"
     if checkpoint.exists():
-        try:
+        with refusing(f"{checkpoint} cannot go on"):
             state = torch.load(checkpoint, map_location=device, weights_only=True)
             refuse_differences(out, state["config"], asdict(config), FREE)
             step, seconds, log_size = state["step"], state["seconds"], state["log_size"]
@@ -212,23 +209,20 @@ def train(config):
             ema.load_state_dict(state.pop("ema"))
             for optimizer, kept in zip(optimizers, state.pop("optimizers"), strict=True):
                 optimizer.load_state_dict(kept)
-        except Exception as error:             # torch.load raises many kinds for a broken file
-            raise Refused(f"{checkpoint} cannot go on: {' '.join(str(error).split())[:600]}")
     if config.compile == "on" or config.compile == "auto" and device.type == "cuda":
         network.body = torch.compile(network.body)
     model = torch.nn.parallel.DistributedDataParallel(network) if world > 1 else network
     autocast = torch.autocast(device.type, torch.bfloat16,
                               enabled=config.dtype == "bf16" or config.dtype == "auto" and bf16)
-    codec = load_codec(meta["codec"])
-    kept = "source", "codec", "text", "tokens", "latent_shape", "mean", "std"
-    info = {key: meta[key] for key in kept} | {"predict": config.predict, "shift": config.shift}
+    info = meta | {"predict": config.predict, "shift": config.shift}
+    painter = ema.module, load_codec(meta["codec"], device), load_text_encoder(meta["text"]), info
     first = next(shard for shard, pictures in meta["shards"].items() if pictures)
     prompts = (data / first / "captions.txt").read_text("utf-8").splitlines()[:12]
-    prompt_text = cache.__getitems__(range(len(prompts)))[1]
     def show():
         with autocast:
-            pictures = draw(ema.module, codec, info, prompt_text, cache.null, range(len(prompts)))
-        save_png(grid(pictures, prompts, 6), out / "samples" / f"step_{step:06d}.png")
+            pictures = draw(*painter, prompts, range(len(prompts)))
+        with whole_file(out / "samples" / f"step_{step:06d}.png") as file:
+            grid(pictures, prompts, 6).save(file, "png")
     def save():
         ema.module.save_pretrained(out / "ema")
         write_json(out / "ema" / "nanoprx.json", info)
@@ -245,7 +239,7 @@ def train(config):
         print(f"{out} is finished: {step:,} steps in {seconds / 60:.1f} minutes")
         if meta["source"] == "scenes":
             with autocast:
-                shares = score(ema.module, codec, info, load_text_encoder(meta["text"]))
+                shares = score(*painter)
             print("prompt accuracy:", ", ".join(f"{k} {v:.1%}" for k, v in shares.items()))
         print(f"sample with: python sample.py --run {out} PROMPT")
     stopped, parent = [], os.getppid()
