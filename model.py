@@ -24,7 +24,7 @@ def refusing(sentence):
     try:
         yield
     except Exception as error:
-        reason = " ".join(f"{error}".split())[:600] if str(error).count(" ") else repr(error)
+        reason = " ".join(str(error).split())[:600] if " " in str(error) else repr(error)
         raise error if isinstance(error, Refused) else Refused(f"{sentence}: {reason}")
 # ------------------------------------------------------------------------------ the transformer
 @dataclass

@@ -34,9 +34,9 @@ def draw(model, codec, encode_text, info, prompts, seeds, steps=20, guidance=2.0
     it is the same whatever else is drawn; `info` is what a run's nanoprx.json holds."""
     device, pictures = next(model.parameters()).device, []
     mean, std = (torch.tensor(info[key], device=device).view(-1, 1, 1) for key in ("mean", "std"))
+    null = pad(encode_text([""]), info["tokens"])[0].to(device)
     for some in range(0, len(prompts), 64):
-        text, null = (pad(encode_text(captions), info["tokens"]).to(device)
-                      for captions in (prompts[some:some + 64], [""]))
+        text = pad(encode_text(prompts[some:some + 64]), info["tokens"]).to(device)
         noise = torch.stack([
             torch.randn(info["latent_shape"], generator=torch.Generator().manual_seed(seed))
             for seed in seeds[some:some + 64]]).to(device)

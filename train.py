@@ -192,7 +192,7 @@ def train(config):
         if config.data != Config.data:
             raise Refused(f"there is no cache in {data}; python prepare.py SOURCE --out {data}")
         make_model(config, {"latent_shape": (3, 32, 32), "text_dim": 1, "codec": "pixels"})
-        prepare()
+        prepare()                             # but only when the sizes are known to fit
     cache = Cache(data, device)
     meta = cache.meta
     torch.manual_seed(config.seed)
