@@ -5,9 +5,7 @@
 - positions come from a 2-D rotary embedding of the image tokens; text tokens carry none
 - parameters carry the names of diffusers' `PRXTransformer2DModel`: weights go both ways unconverted
 """
-import contextlib, json, math, os
-from dataclasses import asdict, dataclass
-from functools import lru_cache
+import contextlib, dataclasses, functools, json, math, os
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +25,7 @@ def refusing(sentence):
         reason = " ".join(str(error).split())[:600] if " " in str(error) else repr(error)
         raise error if isinstance(error, Refused) else Refused(f"{sentence}: {reason}")
 # ------------------------------------------------------------------------------ the transformer
-@dataclass
+@dataclasses.dataclass
 class PRXConfig:
     """Sizes of the network, under diffusers' names; the defaults are PRX-small's (1.2 B)."""
     in_channels: int = 16            # channels of the latents, 3 for pixels
@@ -43,13 +41,12 @@ class PRXConfig:
     time_max_period: int = 10000
     bottleneck_size: int | None = None
     def __post_init__(self):
-        self.axes_dim = tuple(self.axes_dim or (32, 32))
-        if [dim % 2 for dim in self.axes_dim] != [0, 0] \
-                or sum(self.axes_dim) * self.num_heads != self.hidden_size:
+        self.axes_dim = axes = tuple(self.axes_dim or (32, 32))
+        if any(dim % 2 for dim in axes) or sum(axes) * self.num_heads != self.hidden_size:
             raise Refused(f"the width {self.hidden_size} is not a multiple of 4 x {self.num_heads} "
-                          f"heads, or not what axes_dim {self.axes_dim} make together")
+                          f"heads, or not what axes_dim {axes} make together")
 
-@lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=8)
 def rope_table(rows, columns, axes_dim, theta, device):
     """Cosines and signed sines, each (rows * columns, 1, head_dim), of the rotary embedding
     (arXiv 2104.09864): axes_dim[0] dimensions turn with the row, the others with the column."""
@@ -62,9 +59,8 @@ def rope_table(rows, columns, axes_dim, theta, device):
 
 def apply_rope(x, rope):
     """Turn each pair (a, b) in the last axis of x (B, L, ...) to (a cos - b sin, b cos + a sin)."""
-    cosines, sines = rope
     swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-    return x * cosines + swapped * sines
+    return x * rope[0] + swapped * rope[1]                                  # cosines, signed sines
 
 def timestep_embedding(t, max_period, dim=256):
     """Sinusoids (B, dim) of t (B,), cosines first ("Attention is all you need", 1706.03762)."""
@@ -171,23 +167,21 @@ class PRX(nn.Module):
         return x.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)             # (B, C, H, W)
     @classmethod
     def from_pretrained(cls, source):
-        """The model in a folder or Hub repository in diffusers' layout, or in a pipeline's
-        `transformer/`. Raises Refused where something is missing or does not fit."""
+        """The model in a folder or Hub repository in diffusers' layout, in a run's `ema/` or in a
+        pipeline's `transformer/`. Raises Refused where something is missing or does not fit."""
         folder = fetch(source, "*config.json", "*diffusion_pytorch_model*.safetensors")
-        if (folder / "transformer").is_dir():
-            folder = folder / "transformer"
+        folder = next(filter(Path.is_dir, (folder / "ema", folder / "transformer")), folder)
         config = read_json(folder / "config.json")
-        weights = read_weights(folder, "diffusion_pytorch_model*.safetensors")
         sizes = {name: config[name] for name in PRXConfig.__annotations__ if name in config}
         with refusing(f"{folder} does not hold a PRX"):
             model = cls(PRXConfig(**sizes))
-            model.load_state_dict(weights)
+            model.load_state_dict(read_weights(folder, "diffusion_pytorch_model*.safetensors"))
         return model
     def save_pretrained(self, folder):
         """Write `config.json` and `diffusion_pytorch_model.safetensors` for diffusers and us."""
         write_safetensors(f"{folder}/diffusion_pytorch_model.safetensors", self.state_dict())
         write_json(f"{folder}/config.json",
-                   {"_class_name": "PRXTransformer2DModel", **asdict(self.config)})
+                   {"_class_name": "PRXTransformer2DModel", **dataclasses.asdict(self.config)})
 # ------------------------------------------------------------------------------------ the flow
 # The path from a clean picture to noise is the line x_t = (1 - t) x + t noise; the model learns
 # its velocity, noise - x (rectified flow, arXiv 2209.03003).
@@ -225,14 +219,12 @@ def pick_device():
 
 @contextlib.contextmanager
 def whole_file(path):
-    """A binary file to write to, which gets its name only once it is complete and on the disk."""
+    """A binary file to write to, which gets its name only once it is complete."""
     partial = Path(f"{path}.partial")
     partial.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(partial, "wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
         os.replace(partial, path)
     except RuntimeError as error:       # torch.save's, which hides what the disk said behind it
         raise error.__context__ if isinstance(error.__context__, OSError) else error

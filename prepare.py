@@ -15,10 +15,9 @@ A caption stands beside its picture under the same name, in a .txt or in a .json
                             offsets.npy   (N + 1), ... caption i in rows offsets[i]:offsets[i + 1]
                             captions.txt  a line each
 """
-import argparse, contextlib, csv, hashlib, inspect, io, json, os, re, shutil, tarfile
+import argparse, contextlib, csv, hashlib, inspect, io, itertools, json, os, re, shutil, tarfile
 from collections import Counter, namedtuple
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -26,6 +25,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -311,10 +311,8 @@ def load_text_encoder(name):
 
 def pad(embeddings, tokens):
     """A list of (L_i, D) embeddings as one (B, tokens, D), cut or filled up with rows of zeros."""
-    padded = torch.zeros(len(embeddings), tokens, embeddings[0].shape[1])
-    for row, embedding in zip(padded, embeddings):
-        row[:len(embedding)] = embedding[:tokens]
-    return padded
+    filler = embeddings[0].new_zeros(tokens, embeddings[0].shape[1])        # which sets the length
+    return pad_sequence([*(each[:tokens] for each in embeddings), filler], True)[:-1]
 # -------------------------------------------------------------------------- the command line
 def number(kind, low, high=10 ** 12):
     """A type for flags: int or float, from low to high."""
@@ -335,11 +333,10 @@ def run_script(settings, description, run=lambda done: done, **nargs):
         formatter_class=argparse.RawDescriptionHelpFormatter)
     comments = dict(re.findall(r"(?m)^    (\w+):[^#\n]*# +(.*)$", inspect.getsource(settings)))
     for name, flag in inspect.signature(settings).parameters.items():
+        choices = get_args(flag.annotation)                          # of Literal["one", "other"]
         how = {"type": flag.annotation, "nargs": nargs.get(name)}
-        if choices := get_args(flag.annotation):                     # of Literal["one", "other"]
-            how = {"choices": choices}
-        if flag.annotation is bool:
-            how = {"action": "store_true"}
+        how = {"choices": choices} if choices else how
+        how = {"action": "store_true"} if flag.annotation is bool else how
         parser.add_argument(name if name in nargs else "--" + name.replace("_", "-"), **how,
                             default=flag.default, help=f"{comments[name]} (default: %(default)r)")
     try:
@@ -382,7 +379,7 @@ def prepare(
     left = limit // world + (rank < limit % world)
     bar = tqdm(unit=" pictures", desc=str(out), total=left if left < 10 ** 8 else None,
                disable=None if rank == 0 else True)
-    for number, part in islice(enumerate(parts), rank, None, world):
+    for number, part in itertools.islice(enumerate(parts), rank, None, world):
         folder = out / f"shard-{number:05d}"
         if not folder.exists():
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
@@ -402,8 +399,7 @@ def prepare(
 def refuse_differences(folder, old, new, free=()):
     """Raise Refused if a folder's settings and new ones differ in others than the free ones."""
     differ = [f"{key} was {old.get(key)!r} and is now {new.get(key)!r}"
-              for key in sorted(old.keys() | new.keys())
-              if key not in free and old.get(key) != new.get(key)]
+              for key in sorted({*old, *new} - {*free}) if old.get(key) != new.get(key)]
     if differ:
         raise Refused(f"{folder} was made with other settings: {'; '.join(differ)}. Give those, "
                       "choose another --out, or delete the folder")

@@ -6,9 +6,7 @@
 The same command again goes on where the run stopped. The folder of a run, out/scenes, holds
 `ckpt.pt`, `ema/` (the averaged weights, to sample with), `log.csv`, `samples/`, `learning.gif`.
 """
-import os, signal, time
-from dataclasses import asdict, dataclass
-from functools import lru_cache
+import ctypes, dataclasses, functools, os, signal, sys, time
 from pathlib import Path
 from typing import Literal
 
@@ -25,11 +23,12 @@ from prepare import (count, load_codec, load_text_encoder, natural, pad, positiv
                      prepare, refuse_differences, run_script, share)
 from sample import draw, grid, score
 
-@dataclass
+@dataclasses.dataclass
 class Config:
     """All settings of a run. Each field is a flag, and its comment the help."""
     data: str = "data/scenes"      # a cache that prepare.py wrote
     out: str = ""                  # folder of the run; "": out/ and the cache's name
+    init: str = ""                 # a run or a model of the same sizes, to begin as a second stage
     steps: count = 1100            # optimizer steps
     batch_size: count = 128        # pictures in a step, over all processes
     micro_batch: natural = 0       # pictures a process takes at once, to save memory; 0: all
@@ -91,8 +90,6 @@ class Cache(torch.utils.data.Dataset):
             self.std = torch.tensor(self.meta["std"], device=device).view(shape[0], 1, 1)
             null = torch.tensor(load_array(folder / "null.npy", "float16", tokens, dim))
             self.null = null.to(self.mean)                                       # (tokens, D)
-    def __len__(self):
-        return int(self.starts[-1])
     def __getitems__(self, indices):
         """Latents (B, C, H, W) as they are stored, and text (B, tokens, D), padded with zeros."""
         some_latents, some_text = [], []
@@ -106,7 +103,7 @@ class Cache(torch.utils.data.Dataset):
 def batches(pictures, config, first_step, rank, world):
     """Yield for each step the numbers of this process's pictures, from seed and step alone, so that
     a resumed run goes on in order. A batch may reach into the next epoch, so that none is short."""
-    order = lru_cache(2)(lambda epoch: np.random.default_rng(
+    order = functools.lru_cache(2)(lambda epoch: np.random.default_rng(
         (config.seed, epoch)).permutation(pictures))
     for step in range(first_step, config.steps):
         batch = range(step * config.batch_size, (step + 1) * config.batch_size)
@@ -135,8 +132,8 @@ def make_optimizers(network, config):
         muon = config.optimizer == "muon" and name.startswith("blocks.") and p.ndim == 2
         (matrices if muon else rest).append(p)
     adamw = torch.optim.AdamW(rest, config.lr, (0.9, 0.95), weight_decay=0, fused=True)
-    return [adamw] if not matrices else [adamw, torch.optim.Muon(
-        matrices, config.muon_lr, weight_decay=0, adjust_lr_fn="match_rms_adamw")]
+    return {"adamw": adamw} if not matrices else {"adamw": adamw, "muon": torch.optim.Muon(
+        matrices, config.muon_lr, weight_decay=0, adjust_lr_fn="match_rms_adamw")}
 # ------------------------------------------------------------------------------------ the training
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
 FREE = ("out", "save_every", "sample_every", "micro_batch", "compile")   # may change on resuming
@@ -174,7 +171,7 @@ def train_step(model, optimizers, config, step, autocast, x, noise, t, text, sta
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
     scale = min(1, (step + 1) / max(config.warmup, 1),
                 (config.steps - step) / max(config.cooldown * config.steps, 1))
-    for optimizer, rate in zip(optimizers, (config.lr, config.muon_lr)):
+    for optimizer, rate in zip(optimizers.values(), (config.lr, config.muon_lr)):
         optimizer.param_groups[0]["lr"] = rate * scale
         optimizer.step()
         optimizer.zero_grad()
@@ -183,6 +180,9 @@ def train_step(model, optimizers, config, step, autocast, x, noise, t, text, sta
 def train(config):
     """Train as the config says, or go on with what is in its folder. Raises Refused where data are
     missing, the folder holds a run with other settings, or the loss is not finite."""
+    if sys.platform == "linux":    # keep freed memory: to have it anew costs a CPU 12% of a step
+        for option, value in ((-3, 2 ** 25), (-1, 2 ** 31 - 1)):     # mmap and trim thresholds
+            ctypes.CDLL(None).mallopt(option, value)
     device, bf16 = pick_device()
     rank, world = int(os.getenv("RANK", 0)), int(os.getenv("WORLD_SIZE", 1))
     if world > 1:
@@ -197,24 +197,26 @@ def train(config):
     meta = cache.meta
     torch.manual_seed(config.seed)
     network = make_model(config, meta).to(device)
+    if config.init:
+        with refusing(f"--init {config.init} does not fit"):
+            network.load_state_dict(PRX.from_pretrained(config.init).state_dict())
     ema = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
     optimizers = make_optimizers(network, config)
+    parts = {"network": network, "ema": ema, **optimizers}
     step, seconds, log_size, checkpoint = 0, 0.0, 0, out / "ckpt.pt"
     if checkpoint.exists():
         with refusing(f"{checkpoint} cannot go on"):
             state = torch.load(checkpoint, map_location=device, weights_only=True)
-            refuse_differences(out, state["config"], asdict(config), FREE)
+            refuse_differences(out, state["config"], dataclasses.asdict(config), FREE)
             step, seconds, log_size = state["step"], state["seconds"], state["log_size"]
-            network.load_state_dict(state.pop("network"))            # pop: frees the copy
-            ema.load_state_dict(state.pop("ema"))
-            for optimizer, kept in zip(optimizers, state.pop("optimizers"), strict=True):
-                optimizer.load_state_dict(kept)
+            for name, part in parts.items():
+                part.load_state_dict(state.pop(name))                    # pop: frees the copy
     if config.compile == "on" or config.compile == "auto" and device.type == "cuda":
         network.body = torch.compile(network.body)
     model = torch.nn.parallel.DistributedDataParallel(network) if world > 1 else network
     autocast = torch.autocast(device.type, torch.bfloat16,
                               enabled=config.dtype == "bf16" or config.dtype == "auto" and bf16)
-    info = meta | {"predict": config.predict, "shift": config.shift}
+    info = meta | {"predict": config.predict, "shift": config.shift, "route": config.route}
     painter = ema.module, load_codec(meta["codec"], device), load_text_encoder(meta["text"]), info
     first = next(shard for shard, pictures in meta["shards"].items() if pictures)
     prompts = (data / first / "captions.txt").read_text("utf-8").splitlines()[:12]
@@ -227,10 +229,9 @@ def train(config):
         ema.module.save_pretrained(out / "ema")
         write_json(out / "ema" / "nanoprx.json", info)
         with whole_file(checkpoint) as file:
-            torch.save({"config": asdict(config), "step": step, "seconds": seconds,
-                        "log_size": os.fstat(log.fileno()).st_size,
-                        "network": network.state_dict(), "ema": ema.state_dict(),
-                        "optimizers": [optimizer.state_dict() for optimizer in optimizers]}, file)
+            torch.save({name: part.state_dict() for name, part in parts.items()} | {
+                "config": dataclasses.asdict(config), "step": step, "seconds": seconds,
+                "log_size": os.fstat(log.fileno()).st_size}, file)
     def finish():
         paths = sorted((out / "samples").glob("step_*.png"))
         first, *others = map(Image.open, paths[::-(len(paths) // 50 + 1)][::-1])     # 50 at most
@@ -239,15 +240,14 @@ def train(config):
         print(f"{out} is finished: {step:,} steps in {seconds / 60:.1f} minutes")
         if meta["source"] == "scenes":
             with autocast:
-                shares = score(*painter)
-            print("prompt accuracy:", ", ".join(f"{k} {v:.1%}" for k, v in shares.items()))
+                print("prompt accuracy:", *(f"{k} {v:.1%}" for k, v in score(*painter).items()))
         print(f"sample with: python sample.py --run {out} PROMPT")
     stopped, parent = [], os.getppid()
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda *_: stopped.append(True))
     gpu = torch.cuda.get_device_name() if device.type == "cuda" else ""
     loader = torch.utils.data.DataLoader(      # fork: workers share the maps, and ignore Ctrl-C
-        cache, batch_sampler=batches(len(cache), config, step, rank, world), collate_fn=tuple,
+        cache, batch_sampler=batches(cache.starts[-1], config, step, rank, world), collate_fn=tuple,
         **(dict(num_workers=2, multiprocessing_context="fork", pin_memory=True) if gpu else {}))
     peak = next((flops for name, flops in PEAK_FLOPS.items() if name in gpu), None)
     if peak:                                  # count the products of a forward pass of all tokens
@@ -258,8 +258,7 @@ def train(config):
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         log = open(out / "log.csv", "a", buffering=1)
-        log_size = min(log_size, log.tell())
-        log.truncate(log_size)                # without the steps that a resumed run does again
+        log.truncate(log_size := min(log_size, log.tell()))     # without what will be done again
         if not log_size:
             print("step,loss,grad_norm,pictures_per_second,seconds", file=log)
     bar = tqdm(total=config.steps, initial=step, disable=None if rank == 0 else True)
