@@ -62,12 +62,6 @@ def apply_rope(x, rope):
     swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
     return x * rope[0] + swapped * rope[1]                                  # cosines, signed sines
 
-def timestep_embedding(t, max_period, dim=256):
-    """Sinusoids (B, dim) of t (B,), cosines first ("Attention is all you need", 1706.03762)."""
-    exponents = torch.arange(dim // 2, device=t.device) / (dim // 2)
-    angles = t.float()[:, None] * torch.exp(-math.log(max_period) * exponents)
-    return torch.cat((angles.cos(), angles.sin()), dim=-1)
-
 def modulate(x, shift, scale):
     """LayerNorm of x (B, L, D), times 1 + scale, plus shift (B, 1, D), which the timestep gives."""
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
@@ -145,12 +139,13 @@ class PRX(nn.Module):
         grid = x.shape[2] // patch, x.shape[3] // patch
         rope = rope_table(*grid, self.config.axes_dim, self.config.theta, x.device)
         return self.body(x, t, text, mask, patch, grid, rope, stay)
-    def body(self, x, t, text, mask, patch, grid, rope, stay):
-        """The part of `forward` that `torch.compile` is given."""
+    def body(self, x, t, text, mask, patch, grid, rope, stay):      # what torch.compile is given
         x = x.unflatten(2, (grid[0], patch)).unflatten(4, (grid[1], patch))     # (B, C, h, p, w, p)
         img = self.img_in(x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2))       # (B, h w, D)
         txt = self.txt_in(text)
-        vec = timestep_embedding(t * self.config.time_factor, self.config.time_max_period)
+        rates = torch.arange(128, device=t.device) / -128 * math.log(self.config.time_max_period)
+        angles = (t.float() * self.config.time_factor)[:, None] * rates.exp()         # 1706.03762
+        vec = torch.cat((angles.cos(), angles.sin()), dim=-1)                           # (B, 256)
         vec = self.time_in["out_layer"](F.silu(self.time_in["in_layer"](vec)))
         routed = stay is not None and stay.shape[1] < img.shape[1]
         first, last = min(2, len(self.blocks) // 3), max(0, len(self.blocks) - 2)  # routed blocks
@@ -190,16 +185,12 @@ def shift_time(t, shift):
     return shift * t / (1 + (shift - 1) * t)
 
 def sample_timesteps(n, shift, generator):
-    """n timesteps on the generator's device: sigmoids of a normal (SD3), a tenth uniform, shifted,
-    never below 1e-3 (PRX). Their quantiles are evenly spaced, to vary less (VDM, 2107.00630)."""
+    """n timesteps on the generator's device: sigmoids of a normal (SD3), three in ten uniform (PRX:
+    one), shifted, never below 1e-3. Their quantiles are evenly spaced (VDM, 2107.00630)."""
     start, rare = torch.rand(2, n, generator=generator, device=generator.device)
     uniform = (torch.arange(n, device=generator.device) / n + start[0]) % 1
     normal = 2 ** 0.5 * torch.erfinv(2 * uniform - 1)  # the normal's quantile (MPS lacks ndtri)
-    return shift_time(torch.where(rare < 0.1, uniform, normal.sigmoid()), shift).clamp(min=1e-3)
-
-def add_noise(x, noise, t):
-    """The point x_t of the path for x and noise (B, C, H, W) and t (B,)."""
-    return torch.lerp(x, noise, t[:, None, None, None])
+    return shift_time(torch.where(rare < 0.3, uniform, normal.sigmoid()), shift).clamp(min=1e-3)
 
 def velocity(output, x_t, t, predict, t_floor=0.05):
     """The velocity that an output at x_t (B, C, H, W) and t (B,) stands for: itself for "v", for
@@ -247,7 +238,8 @@ def fetch(source, *patterns):
     if Path(source).is_dir():
         return Path(source)
     from huggingface_hub import snapshot_download                   # slow to import, seldom needed
-    with refusing(f"{source} is no folder here, nor given by the Hub"):
+    with refusing(f"{source} is no folder here, and the Hub does not give it; check the name and "
+                  "the network, log in (hf auth login) if it is private or gated"):
         return Path(snapshot_download(str(source), allow_patterns=patterns))
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,

@@ -5,17 +5,17 @@
     torchrun --nproc_per_node=4 prepare.py photos/             # the same, by four processes
 
 A caption stands beside its picture under the same name, in a .txt or in a .json (as `prompt`,
-`caption` or `text`), or in a metadata.jsonl or metadata.csv (as `file_name` and `text`).
+`caption` or `text`).
 
-    data/scenes/meta.json                 sizes, encoders, mean and std per channel
-                null.npy                  the embedding of the empty caption (tokens, D)
-                shard-00000/              whole, or else it has another name; a killed run goes on
-                            latents.npy   (N, C, H, W)
-                            text.npy      (sum of all L, D), one caption behind the other ...
-                            offsets.npy   (N + 1), ... caption i in rows offsets[i]:offsets[i + 1]
-                            captions.txt  a line each
+    data/scenes/meta.json                sizes, encoders, mean and std per channel
+                null.npy                 (tokens, D), the embedding of the empty caption
+                shard-00000/latents.npy  (N, C, H, W); a shard is whole, or has another name
+                            text.npy     (sum of all L, D), that of caption i in the rows from
+                            offsets.npy  (N + 1), offsets[i] to offsets[i + 1]
+                            captions.txt a line each
 """
-import argparse, contextlib, csv, hashlib, inspect, io, itertools, json, os, re, shutil, tarfile
+import argparse, contextlib, functools, hashlib, inspect, io, itertools, json, math, os, re
+import shutil, tarfile, unicodedata
 from collections import Counter, namedtuple
 from functools import partial
 from pathlib import Path
@@ -50,15 +50,11 @@ def random_scene(rng, split="train"):
     NEVER_TRAINED, "held-out" every eighth caption of the others, "train" the rest."""
     while True:
         ground, *colours = rng.permutation(list(COLOURS)).tolist()
-        places = [rng.choice(list(PLACES)).item()]
-        if rng.random() < 0.6:
-            places = [rng.choice(list(FACING)).item()]
-            places.append(FACING[places[0]][1])
-        things = []
-        for colour, place in zip(colours, places):
+        pair, things = rng.random() < 0.6, []
+        place = rng.choice(list(FACING if pair else PLACES)).item()
+        for colour, place in zip(colours, [place, FACING[place][1]] if pair else [place]):
             x, y = 0.5 + STEP * np.array(PLACES[place]) + rng.uniform(-0.02, 0.02, 2)
-            shape = rng.choice(SHAPES).item()
-            things.append(Thing(colour, shape, place, x, y, rng.uniform(0.14, 0.17)))
+            things.append(Thing(colour, rng.choice(SHAPES), place, x, y, rng.uniform(0.14, 0.17)))
         scene = Scene(ground, things)
         held_out = hashlib.md5(caption(scene).encode()).digest()[0] % 8 == 0
         composition = any(thing[:2] in NEVER_TRAINED for thing in things)
@@ -134,7 +130,6 @@ def check(picture, scene):
 PART = 4096                    # items in a part, where the source is not a tar
 ENDINGS = Image.registered_extensions()          # a dict of formats, all of them loaded by this
 FORMATS = [kind for kind in Image.OPEN if kind != "EPS"]      # which would run a stranger's program
-Image.MAX_IMAGE_PIXELS = 50_000_000              # Pillow refuses a picture of twice as many
 
 def load_picture(read):
     """The RGB picture in what read() gives, upright, on white where transparent. Raises Refused."""
@@ -149,19 +144,7 @@ def load_picture(read):
     except Exception as error:         # Pillow's decoders raise whatever they come upon
         if getattr(error, "errno", None):                                        # the disk's fault
             raise
-        raise Refused("broken picture, or of more than 100,000,000 pixels")
-
-def read_captions(stem, name, text):
-    """Yield captions with their picture's stem or name, from the text of a file beside pictures."""
-    if name.endswith(".txt"):
-        yield stem, text
-    elif name.endswith(".json"):
-        found = json.loads(text)
-        yield stem, found.get("prompt") or found.get("caption") or found.get("text") or ""
-    else:
-        rows = filter(str.strip, io.StringIO(text))
-        for row in csv.DictReader(rows) if name.endswith(".csv") else map(json.loads, rows):
-            yield os.path.join(os.path.dirname(name), row["file_name"]), row.get("text") or ""
+        raise Refused("broken or gigantic picture")
 
 def list_items(source):
     """The items of a folder with those in it, or of a tar (WebDataset), never unpacked. Files of
@@ -183,13 +166,14 @@ def list_items(source):
         stem = re.match(r"(?s)(.*/)?[^.]*" if path == source else r"(?s).*(?=\.)|", name).group()
         if ENDINGS.get(Path(name.lower()).suffix) in FORMATS:
             pictures.append((stem, name, partial(load_picture, read)))
-        elif name.endswith((".txt", ".json", "metadata.jsonl", "metadata.csv")):
+        elif name.endswith((".txt", ".json")):
             try:
-                captions.update(read_captions(stem, name, read().tobytes().decode("utf-8-sig")))
-            except Exception as error:             # json and csv raise whatever they come upon
-                print(f"{name!r} is read only up to a point: {error!r}")
-    return [(name, str(captions.get(name) or captions.get(stem, "")), load)
-            for stem, name, load in pictures]
+                text = read().tobytes().decode("utf-8-sig")
+                found = json.loads(text) if name.endswith(".json") else {"text": text}
+                captions[stem] = found.get("prompt") or found.get("caption") or found["text"]
+            except Exception as error:             # json raises whatever it comes upon
+                print(f"{name!r} holds no caption: {error!r}")
+    return [(name, str(captions.get(stem, "")), load) for stem, name, load in pictures]
 
 def list_scenes(first, size, short):
     """The items of a part of the scenes. Every third caption leaves the ground open."""
@@ -240,13 +224,23 @@ class Pixels:
     channels, factor, dtype = 3, 1, "uint8"
     encode = decode = staticmethod(lambda images: images)
 
+def load_frozen(kind, name, device, *how):
+    """A network of a kind that is not trained here, from a folder or the Hub. Raises Refused."""
+    folder = fetch(name, "config.json", "tokenizer.json", "model*.safetensors",
+                   "diffusion_pytorch_model.safetensors", "taef2.safetensors")
+    with refusing(f"{folder} does not hold a {kind.__name__}"):
+        weights = read_weights(folder, "*.safetensors").items()
+        return kind({name: weight.float().to(device) for name, weight in weights
+                     if name.startswith(kind.parts)}, folder, *how)
+
 class TinyAutoencoder:
     """TAESD and its kin (github.com/madebyollin/taesd): convolutions and ReLU blocks, 64 wide, that
     make 8 x 8 pixels one latent, in float16 in the cache. The weights are named as in diffusers'
     AutoencoderTiny. Layers: c a convolution, d one that halves, u doubling, r ReLU, b a block."""
-    factor, dtype = 8, "float16"
-    def __init__(self, weights):
+    parts, factor, dtype = ("encoder.", "decoder."), 8, "float16"
+    def __init__(self, weights, folder):
         self.weights, self.channels = weights, len(weights["encoder.layers.14.bias"])
+        self.decode(self.encode(torch.zeros(1, 3, 8, 8)))                       # is all there?
     def encode(self, images):
         return self.run("encoder", "cbdbbbdbbbdbbbc", images / 2 + 0.5)
     def decode(self, latents):
@@ -279,35 +273,89 @@ def load_codec(name, device="cpu"):
     (B, channels, H / factor, W / factor), `decode` undoes it. Raises Refused."""
     if name == "pixels":
         return Pixels()
-    source = name if Path(name).is_dir() or "/" in name else f"madebyollin/{name}"
-    folder = fetch(source, "diffusion_pytorch_model.safetensors", "taef2.safetensors")
-    with refusing(f"{folder} does not hold a tiny autoencoder"):
-        weights = read_weights(folder, "*.safetensors")
-        codec = TinyAutoencoder({key: w.float().to(device) for key, w in weights.items()})
-        codec.decode(codec.encode(torch.zeros(1, 3, 8, 8, device=device)))
-    return codec
+    known = name in ("taesd", "taesdxl", "taesd3", "taef1", "taef2")
+    return load_frozen(TinyAutoencoder, f"madebyollin/{name}" if known else name, device)
 
 class Words:
     """Text embeddings that need no download. A word is a random vector seeded by its own spelling
     (the hashing trick, arXiv 0902.2206); a token is a word beside its left and right neighbours, so
-    that "red circle" is not "circle red". The empty caption has no tokens."""
+    that "red circle" is not "circle red". Articles and the empty caption have no tokens."""
     dim = 3 * 32
+    def __init__(self, max_tokens=64):
+        self.max_tokens, self.cut = max_tokens, 0                    # cut: captions that were
     def __call__(self, captions):
         embeddings = []
         for text in captions:
-            words = re.findall(r"\w+", text.lower())
+            words = [w for w in re.findall(r"\w+", text.lower()) if w not in ("a", "an", "the")]
+            self.cut += len(words) > self.max_tokens
             rows = np.zeros((len(words) + 2, 32), np.float32)             # no word at either end
             for row, word in zip(rows[1:], words):       # uniform numbers, mean 0 and variance 1
                 numbers = np.frombuffer(hashlib.shake_256(word.encode()).digest(32), np.uint8)
                 row[:] = (numbers / 127.5 - 1) * 3 ** 0.5
-            embeddings.append(torch.from_numpy(np.hstack((rows[1:-1], rows[:-2], rows[2:]))))
+            tokens = np.hstack((rows[1:-1], rows[:-2], rows[2:]))[:self.max_tokens]
+            embeddings.append(torch.from_numpy(tokens))
         return embeddings
 
-def load_text_encoder(name):
-    """The text encoder of that name: captions to a list of (L_i, dim) tensors. Raises Refused."""
-    if name != "words":
-        raise Refused(f"there is no text encoder named {name}; there is words")
-    return Words()
+class T5:
+    """The encoder of a T5 v1.1 (arXiv 1910.10683 and 2002.05202) such as flan-t5: captions to the
+    embeddings (L_i, dim) of their pieces and of the end, which stays when a caption is cut."""
+    parts = "shared.", "encoder."
+    def __init__(self, weights, folder, max_tokens):
+        config, pieces = read_json(folder / "config.json"), read_json(folder / "tokenizer.json")
+        self.dim, self.heads, self.depth = map(config.get, ("d_model", "num_heads", "num_layers"))
+        self.pieces = {text: (score, n) for n, (text, score) in enumerate(pieces["model"]["vocab"])}
+        self.longest, self.unknown = max(map(len, self.pieces)), min(self.pieces.values())[0] - 10
+        self.weights, self.max_tokens, self.cut = weights, max_tokens, 0
+        self([""])                                                              # is all there?
+    def tokenize(self, text):
+        """The numbers of the pieces of a text, and 1, the end."""
+        text = re.sub("[\1-\10\13\16-\37\177\x8f\x9f]", "", text)           # control characters
+        text = re.sub("[\u1680\u200b-\u200f\u2581\ufeff\ufffd]", " ", text)
+        text = "～".join(unicodedata.normalize("NFKC", part) for part in text.split("～"))
+        return [number for word in text.split() for number in self.split("▁" + word)] + [1]
+    @functools.lru_cache(2 ** 17)
+    def split(self, word):
+        """The most probable pieces that make a word: Viterbi's algorithm (arXiv 1804.10959)."""
+        best = [(0.0, [])]           # score and pieces of the best way to each of the last letters
+        for end in range(1, len(word) + 1):
+            ways = []
+            for start, (score, pieces) in enumerate(best, end - len(best)):
+                more, number = self.pieces.get(word[start:end], (self.unknown, 2))
+                if number != 2 or start == end - 1:        # unknown letters in a row are one piece
+                    more_pieces = [number] if (pieces[-1:], number) != ([2], 2) else []
+                    ways.append((score + more, pieces + more_pieces))
+            best = [*best[1 - self.longest:], max(ways, key=lambda way: way[0])]
+        return best[-1][1]
+    @torch.no_grad()
+    def __call__(self, captions):
+        weight = lambda name: self.weights[f"{name}.weight"]
+        norm = lambda x, name: F.rms_norm(x, x.shape[-1:], weight(name), 1e-6)
+        ids = [self.tokenize(text) for text in captions]
+        self.cut += sum(len(each) > self.max_tokens for each in ids)
+        ids = [torch.tensor(each[:-1][:self.max_tokens - 1] + [1]) for each in ids]
+        ids = pad_sequence(ids, True, -1).to(weight("shared").device)                       # (B, L)
+        distance = torch.arange(ids.shape[1]) - torch.arange(ids.shape[1])[:, None]
+        starts = torch.tensor([*range(1, 9), 12, 16, 23, 32, 46, 64, 91])    # of the table's ranges
+        rows = torch.bucketize(distance.abs(), starts, right=True) + 16 * (distance > 0)
+        bias = weight("encoder.block.0.layer.0.SelfAttention.relative_attention_bias")[rows]
+        bias = bias.permute(2, 0, 1).masked_fill((ids < 0)[:, None, None], -math.inf)
+        x = weight("shared")[ids.clamp(min=0)]                                           # (B, L, D)
+        for layer in (f"encoder.block.{number}.layer" for number in range(self.depth)):
+            y, name = norm(x, f"{layer}.0.layer_norm"), f"{layer}.0.SelfAttention"
+            q, k, v = (F.linear(y, weight(f"{name}.{part}")).unflatten(-1, (self.heads, -1))
+                       .transpose(1, 2) for part in "qkv")                   # (B, heads, L, d)
+            y = F.scaled_dot_product_attention(q, k, v, bias, scale=1.0).transpose(1, 2).flatten(2)
+            x = x + F.linear(y, weight(f"{name}.o"))
+            y, name = norm(x, f"{layer}.1.layer_norm"), f"{layer}.1.DenseReluDense"
+            gate = F.gelu(F.linear(y, weight(f"{name}.wi_0")), approximate="tanh")
+            x = x + F.linear(gate * F.linear(y, weight(f"{name}.wi_1")), weight(f"{name}.wo"))
+        x = norm(x, "encoder.final_layer_norm")
+        return [row[each >= 0] for row, each in zip(x, ids)]
+
+def load_text_encoder(name, device="cpu", max_tokens=64):
+    """The text encoder of that name: words, or the T5 in a folder or Hub repository. It makes a
+    list of captions a list of (L_i, dim) embeddings, L_i <= max_tokens. Raises Refused."""
+    return Words(max_tokens) if name == "words" else load_frozen(T5, name, device, max_tokens)
 
 def pad(embeddings, tokens):
     """A list of (L_i, D) embeddings as one (B, tokens, D), cut or filled up with rows of zeros."""
@@ -334,9 +382,9 @@ def run_script(settings, description, run=lambda done: done, **nargs):
     comments = dict(re.findall(r"(?m)^    (\w+):[^#\n]*# +(.*)$", inspect.getsource(settings)))
     for name, flag in inspect.signature(settings).parameters.items():
         choices = get_args(flag.annotation)                          # of Literal["one", "other"]
-        how = {"type": flag.annotation, "nargs": nargs.get(name)}
-        how = {"choices": choices} if choices else how
-        how = {"action": "store_true"} if flag.annotation is bool else how
+        how = dict(type=flag.annotation, nargs=nargs.get(name))
+        how = dict(choices=choices) if choices else how
+        how = dict(action="store_true") if flag.annotation is bool else how
         parser.add_argument(name if name in nargs else "--" + name.replace("_", "-"), **how,
                             default=flag.default, help=f"{comments[name]} (default: %(default)r)")
     try:
@@ -353,27 +401,27 @@ def prepare(
     size: natural = 0,           # side of the square pictures in pixels; 0: 32 for scenes, else 256
     limit: natural = 0,          # look at no more (a process: its share); 0: 20,000 scenes, or all
     codec: str = "pixels",       # what makes latents of pictures: pixels, taef2, taesd, ...
-    text: str = "words",         # what makes embeddings of captions: words
+    text: str = "words",         # ... embeddings of captions: words, google/flan-t5-base, ...
     max_tokens: count = 64,      # where captions are cut
     captions: Literal["long", "short"] = "long",   # how scenes are told
     min_size: natural = 0,       # leave out pictures with a shorter side; 0: half of size
 ):
     """Write a cache, or go on with one; under torchrun the processes share parts and limit. Raises
     Refused where nothing can be used, or where the cache was begun with other settings."""
-    scenes, out = source == "scenes", Path(out or f"data/{Path(source).stem}")
+    settings, scenes = {**locals(), "out": None}, source == "scenes"           # all flags but --out
+    out = Path(out or f"data/{Path(source).stem}")
     size, limit = size or (32 if scenes else 256), limit or (20_000 if scenes else 10 ** 9)
-    settings = {"source": source, "size": size, "limit": limit, "codec": codec, "text": text,
-                "max_tokens": max_tokens, "captions": captions, "min_size": min_size or size // 2}
+    settings.update(size=size, limit=limit, min_size=min_size or size // 2)
     if (out / "settings.json").exists():
         refuse_differences(out, read_json(out / "settings.json"), settings)
     if (out / "meta.json").exists():
         return print(f"{out} is complete")
     device, bf16 = pick_device()
-    codec, encode_text = load_codec(codec, device), load_text_encoder(text)
+    codec, encode_text = load_codec(codec, device), load_text_encoder(text, device, max_tokens)
     if captions == "short" and not scenes:
         raise Refused("--captions short is for scenes; other pictures have what they have")
-    parts = list_parts(source, size, captions == "short")
     rank, world = int(os.getenv("RANK", 0)), int(os.getenv("WORLD_SIZE", 1))
+    parts = list_parts(source, size, captions == "short")
     if rank == 0:
         write_json(out / "settings.json", settings)
     left = limit // world + (rank < limit % world)
@@ -393,7 +441,23 @@ def prepare(
     wait = torch.distributed.barrier if world > 1 else lambda: None
     wait()                                    # for all shards
     if rank == 0:
-        finish(out, settings, codec, encode_text)
+        folders = sorted(out.glob("shard-?????"))
+        shards = [read_json(folder / "shard.json") for folder in folders]
+        for reason, n in sum((Counter(shard["report"]) for shard in shards), Counter()).items():
+            print(f"{n:,} x {reason}")
+        total, side = sum(shard["count"] for shard in shards), size // codec.factor
+        if not total:
+            raise Refused(f"no picture in {source} is usable; fix it, delete {out}/shard*")
+        mean, squares = sum(np.array(shard["sums"]) for shard in shards) / (total * side ** 2)
+        tokens = max(np.diff(np.load(each / "offsets.npy")).max(initial=0) for each in folders)
+        np.save(out / "null.npy", pad(encode_text([""]), tokens)[0].half().cpu().numpy())
+        counts = {folder.name: shard["count"] for folder, shard in zip(folders, shards)}
+        write_json(out / "meta.json", {
+            **settings, "count": total, "shards": counts, "dtype": codec.dtype,
+            "latent_shape": [codec.channels, side, side], "text_dim": encode_text.dim,
+            "tokens": int(tokens), "mean": mean.tolist(),
+            "std": np.sqrt((squares - mean ** 2).clip(1e-6)).tolist()})
+        print(f"{out} holds {total:,} pictures")
     wait()                                    # for meta.json
 
 def refuse_differences(folder, old, new, free=()):
@@ -435,37 +499,17 @@ def write_shard(folder, items, settings, codec, encode_text, bar):
             if codec.dtype == "uint8":
                 latents = ((latents + 1) * 127.5).round()
             latents_file.write(latents.astype(codec.dtype).tobytes())
-            for tokens in encode_text(captions):
-                report["caption cut"] += len(tokens) > settings["max_tokens"]
-                tokens = tokens[:settings["max_tokens"]]
+            for tokens in encode_text(captions) if captions else []:
                 text_file.write(tokens.half().cpu().numpy().tobytes())
                 offsets.append(offsets[-1] + len(tokens))
             captions_file.writelines(f"{text}\n" for text in captions)
         write_npy_header(latents_file, codec.dtype, len(offsets) - 1, codec.channels, side, side)
         write_npy_header(text_file, "float16", offsets[-1], encode_text.dim)
+    report["caption cut"], encode_text.cut = encode_text.cut, 0
     np.save(unfinished / "offsets.npy", np.array(offsets))
     write_json(unfinished / "shard.json", {"count": len(offsets) - 1, "seen": len(items),
                                            "sums": sums.tolist(), "report": report})
     unfinished.rename(folder)
-
-def finish(out, settings, codec, encode_text):
-    """Write `meta.json` from what the shards say of themselves, and report what was left out."""
-    folders = sorted(out.glob("shard-?????"))
-    shards = [read_json(folder / "shard.json") for folder in folders]
-    for reason, times in sum((Counter(shard["report"]) for shard in shards), Counter()).items():
-        print(f"{times:,} x {reason}")
-    total, side = sum(shard["count"] for shard in shards), settings["size"] // codec.factor
-    if not total:
-        raise Refused(f"no picture in {settings['source']} is usable; fix it, delete {out}/shard*")
-    mean, squares = sum(np.array(shard["sums"]) for shard in shards) / (total * side ** 2)
-    tokens = int(max(np.diff(np.load(folder / "offsets.npy")).max(initial=0) for folder in folders))
-    np.save(out / "null.npy", pad(encode_text([""]), tokens)[0].half().numpy())
-    write_json(out / "meta.json", {
-        **settings, "count": total, "shards": {f.name: s["count"] for f, s in zip(folders, shards)},
-        "latent_shape": [codec.channels, side, side], "dtype": codec.dtype,
-        "mean": mean.tolist(), "std": np.sqrt((squares - mean ** 2).clip(1e-6)).tolist(),
-        "text_dim": encode_text.dim, "tokens": tokens})
-    print(f"{out} holds {total:,} pictures")
 
 if __name__ == "__main__":
     run_script(prepare, __doc__, source="?")

@@ -6,38 +6,29 @@
 """
 import textwrap
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from model import (PRX, Refused, fetch, pick_device, read_json, refusing, shift_time, velocity,
-                   whole_file)
+from model import (PRX, Refused, fetch, pick_device, read_json, shift_time, velocity, whole_file)
 from prepare import (caption, check, count, load_codec, load_text_encoder, natural, pad,
                      random_scene, run_script, weight)
 
-def generate(model, text, null, noise, steps=20, guidance=2.0, predict="x", shift=1.0, route=0.0):
+def generate(model, text, null, noise, steps=20, guidance=2.0, predict="x", shift=1.0):
     """Latents for text (B, L, D), by Euler steps along the velocity from noise (B, C, H, W), guided
-    away from null (L, D), the empty caption (arXiv 2207.12598), in one pass for both; with route,
-    from the answer in which that share of the tokens skips the middle blocks (PRX, part 3)."""
-    x, text_twice = noise, torch.cat((text, null.expand(len(text), -1, -1)))
+    away from null (L, D), the empty caption (arXiv 2207.12598); one pass computes both."""
+    x, text = noise, torch.cat((text, null.expand(len(text), -1, -1)))
     times = shift_time(torch.linspace(1, 0, steps + 1, device=noise.device), shift)
-    for step, (t, next_t) in enumerate(zip(times, times[1:])):
-        x_twice, t_batch = torch.cat((x, x)), t.expand(2 * len(x))
-        if route:                                # the same tokens for all, whatever else is drawn
-            tokens = x[0, 0].numel() // model.config.patch_size ** 2
-            order = torch.randperm(tokens, generator=torch.Generator().manual_seed(step))
-            stay = order[:max(1, round(tokens * (1 - route)))].to(x.device).expand(len(x), -1)
-            output = torch.cat([model(x, t_batch[:len(x)], text, None, s) for s in (None, stay)])
-        else:
-            output = model(x_twice, t_batch, text_twice)
-        v, v_away = velocity(output.float(), x_twice, t_batch, predict).chunk(2)
-        x = x + (next_t - t) * (v_away + guidance * (v - v_away))
+    for t, next_t in zip(times, times[1:]):
+        x_twice, t_batch = torch.cat((x, x)), t.expand(len(text))
+        output = model(x_twice, t_batch, text).float()
+        v_text, v_null = velocity(output, x_twice, t_batch, predict).chunk(2)
+        x = x + (next_t - t) * (v_null + guidance * (v_text - v_null))
     return x
 
 @torch.no_grad()
-def draw(model, codec, encode_text, info, prompts, seeds, steps=20, guidance=2.0, route=0.0):
+def draw(model, codec, encode_text, info, prompts, seeds, steps=20, guidance=2.0):
     """Pictures (B, H, W, 3) uint8 for prompts. Each begins with the noise of its own seed, so that
     it is the same whatever else is drawn; `info` is what a run's nanoprx.json holds."""
     device, pictures = next(model.parameters()).device, []
@@ -48,19 +39,18 @@ def draw(model, codec, encode_text, info, prompts, seeds, steps=20, guidance=2.0
         noise = torch.stack([
             torch.randn(info["latent_shape"], generator=torch.Generator().manual_seed(seed))
             for seed in seeds[some:some + 64]]).to(device)
-        how = steps, guidance, info["predict"], info["shift"], route
-        x = generate(model, text, null, noise, *how)
+        x = generate(model, text, null, noise, steps, guidance, info["predict"], info["shift"])
         images = codec.decode(x * std + mean).float().clamp(-1, 1)
         pictures.append(((images + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy())
     return np.concatenate(pictures)
 
-def score(model, codec, encode_text, info, *how):
+def score(model, codec, encode_text, info, steps=20, guidance=2.0):
     """The share of 512 fixed held-out scenes drawn as prompted, and that of the eighth of them
-    ("composition") whose colour and shape were never trained together; `how` is for `draw`."""
+    ("composition") whose colour and shape were never trained together."""
     rng = np.random.default_rng(0)
     scenes = [random_scene(rng, "held-out" if n % 8 else "composition") for n in range(512)]
     prompts = [caption(scene) for scene in scenes]
-    pictures = draw(model, codec, encode_text, info, prompts, range(512), *how)
+    pictures = draw(model, codec, encode_text, info, prompts, range(512), steps, guidance)
     passed = [check(picture, scene) for picture, scene in zip(pictures, scenes)]
     return {"all": np.mean(passed), "composition": np.mean(passed[::8])}
 prompt_accuracy = score           # `sample` has a flag of that name
@@ -82,41 +72,33 @@ def grid(pictures, prompts, columns):
 
 def sample(
     prompts: str = (),            # what to draw, cut to the length of the longest training caption
-    file: str = "",               # more prompts, one a line
     run: str = "out/scenes",      # folder of a run, or a Hub repository
     out: str = "sample.png",      # a .png with all of them, or a folder for single files
     n: count = 1,                 # pictures for each prompt
     steps: count = 20,            # Euler steps; with more, velocity's clamp leaves a little noise
     guidance: weight = 2.0,       # guidance scale; 1 is none
-    guidance_mode: Literal["empty", "self"] = "empty",   # away from the empty caption, or as PRX
     seed: natural = 0,            # of the first picture of each prompt, the next has seed + 1
     score: bool = False,          # report the prompt accuracy on 512 held-out scenes instead
 ):
     """Draw the prompts with a trained model, or score it. Raises Refused where the run is none."""
-    lines = Path(file).read_text("utf-8", "replace").splitlines() if file else []
-    prompts = [*prompts, *filter(None, lines)]
     if not prompts and not score:
-        raise Refused("give a prompt, --file or --score")
+        raise Refused("give a prompt, or --score")
     folder = fetch(run, "*.json", "*.safetensors")
     folder = folder / "ema" if (folder / "ema").is_dir() else folder
     info = read_json(folder / "nanoprx.json")
-    with refusing(f"{folder}/nanoprx.json lacks something"):
-        [info[key] for key in "codec text tokens latent_shape mean std predict shift".split()]
     if score and info.get("source") != "scenes":
         raise Refused(f"{run} was not trained on scenes; the prompt accuracy is for those")
-    how = steps, guidance, info.get("route", 0.0) if guidance_mode == "self" else 0.0
-    if guidance_mode == "self" and not how[2]:
-        raise Refused(f"--guidance-mode self needs a run trained with --route, unlike {run}")
     device, bf16 = pick_device()
     model = PRX.from_pretrained(folder).to(device).eval()
-    codec, encode_text = load_codec(info["codec"], device), load_text_encoder(info["text"])
+    codec, encode_text = load_codec(info["codec"], device), load_text_encoder(
+        info["text"], device, info["tokens"])
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         if score:
-            shares = prompt_accuracy(model, codec, encode_text, info, *how)
+            shares = prompt_accuracy(model, codec, encode_text, info, steps, guidance)
             return print(*(f"{name:12}{part:7.1%}" for name, part in shares.items()), sep="\n")
         prompts = [prompt for prompt in prompts for _ in range(n)]
         seeds = [seed + number % n for number in range(len(prompts))]
-        pictures = draw(model, codec, encode_text, info, prompts, seeds, *how)
+        pictures = draw(model, codec, encode_text, info, prompts, seeds, steps, guidance)
     if out.lower().endswith(".png"):
         sheet = grid(pictures, prompts, n if 1 < n < 9 else min(len(prompts), 6))
         files = [(out, sheet, f"{len(pictures)} pictures")]

@@ -43,7 +43,7 @@ def trained(tmp_path_factory):
 def random_model(**sizes):
     network = M.PRX(M.PRXConfig(context_in_dim=24, hidden_size=48, depth=3, mlp_ratio=3.5, **sizes))
     for parameter in network.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
+        torch.nn.init.normal_(parameter, std=0.05)
     return network
 
 @pytest.mark.parametrize("sizes, shape, length", [
@@ -80,15 +80,19 @@ def test_training_step_takes_the_flash_kernel_and_one_rope_table_and_routes_toke
     assert torch.equal(routed, first[rows, stay]) and torch.equal(rope[0], ropes[0][stay])
     assert torch.equal(last, first.index_put((rows, stay), middle))
 
-def test_flow():
+def test_flow_and_guidance():
     x, noise, t = torch.randn(3, 1, 2, 2), torch.randn(3, 1, 2, 2), torch.tensor([0.06, 0.5, 1.0])
-    torch.testing.assert_close(M.velocity(x, M.add_noise(x, noise, t), t, "x"), noise - x)
-    draws = M.sample_timesteps(200_000, 1.0, torch.Generator().manual_seed(0))
-    expected = 0.9 * 0.0140 + 0.1 * 0.1          # below 0.1, of the logit-normal and of the uniform
-    assert abs((draws < 0.1).float().mean() - expected) < 0.002
+    x_t = torch.lerp(x, noise, t[:, None, None, None])
+    torch.testing.assert_close(M.velocity(x, x_t, t, "x"), noise - x)
+    draws, shifted = (M.sample_timesteps(200_000, shift, torch.Generator().manual_seed(0))
+                      for shift in (1.0, 3.0))
+    assert abs((draws < 0.1).float().mean() - 0.7 * 0.0140 - 0.3 * 0.1) < 0.002      # its two parts
     assert draws.min() >= 1e-3 and abs(draws.mean() - 0.5) < 0.005 and M.velocity(x, 0, 0, "v") is x
-    shifted = M.sample_timesteps(200_000, 3.0, torch.Generator().manual_seed(0))
     torch.testing.assert_close(shifted, (3 * draws / (1 + 2 * draws)).where(draws > 1e-3, shifted))
+    constant = lambda x, t, text: text.mean((1, 2))[:, None, None, None].expand_as(x)
+    one = torch.ones(3, 1, 1)
+    latents = S.generate(constant, 2 * one, one[0], x, 5, 3.0, "v", 2.0)
+    torch.testing.assert_close(latents, x - (1 + 3.0 * (2 - 1)))
 
 def test_safetensors(tmp_path):
     tensors = {"a": torch.randn(3, 5), "b": torch.randn(4).bfloat16(), "c": torch.tensor(7),
@@ -98,21 +102,19 @@ def test_safetensors(tmp_path):
     for read in load_file(tmp_path / "ours"), M.read_safetensors(tmp_path / "theirs"):
         assert all(torch.equal(read[name], tensors[name]) for name in tensors)
     whole = (tmp_path / "ours").read_bytes()
-    header = json.loads(whole[8:8 + struct.unpack("<Q", whole[:8])[0]])
-    bad = [whole[:end] for end in (0, 5, 40, len(whole) - 1)] + [whole + b"x"]
-    for change in {"dtype": "F4"}, {"shape": [-3, -5]}, {"data_offsets": [0, 2 ** 40]}:
-        text = json.dumps({**header, "a": {**header["a"], **change}}).encode()
-        bad.append(struct.pack("<Q", len(text)) + text + whole[-95:])
     for number in range(2000):           # whatever the bytes, a sentence or tensors, never a crash
-        data = bytearray(whole)
-        for _ in range(random.randint(1, 4)):
-            data[random.randrange(len(data))] = random.randrange(256)
-        (tmp_path / "bad").write_bytes(bad[number] if number < len(bad) else data)
-        with pytest.raises(M.Refused, match="bad is not a whole safetensors file") \
-                if number < len(bad) else contextlib.suppress(M.Refused):
+        where = sorted(random.sample(range(len(whole)), 2))
+        data = whole[:where[0]] + random.randbytes(1) + whole[where[0] + 1:where[1]]
+        (tmp_path / "bad").write_bytes(data + random.randbytes(1) + whole[where[1] + 1:])
+        with contextlib.suppress(M.Refused):
+            M.read_safetensors(tmp_path / "bad")
+    for bad in (b"", whole[:40], whole[:-1], whole + b"x", whole.replace(b'"F32"', b'"F4"  '),
+                whole.replace(b"[3, 5]", b"[9, 9]"), whole.replace(b"[0, 60]", b"[0, 99]")):
+        (tmp_path / "bad").write_bytes(bad)
+        with pytest.raises(M.Refused, match="bad is not a whole safetensors file"):
             M.read_safetensors(tmp_path / "bad")
 
-def test_check_is_strict_and_right():
+def test_check_is_strict_and_scenes_are_told():
     what = lambda scene: (scene.ground, {thing[:3] for thing in scene.things})
     rng, renders, changed = np.random.default_rng(5), [], []
     for _ in range(300):
@@ -120,28 +122,24 @@ def test_check_is_strict_and_right():
         assert not {thing[:2] for thing in scene.things} & P.NEVER_TRAINED
         renders += [P.check(P.render(scene, size), scene) for size in (32, 64)]
         thing, *rest = random.sample(scene.things, len(scene.things))
-        others = [scene._replace(ground=ground) for ground in P.COLOURS]
-        others += [scene._replace(things=things) for things in (rest, *([each, *rest] for each in (
-            *(thing._replace(colour=colour) for colour in P.COLOURS),
-            *(thing._replace(shape=shape) for shape in P.SHAPES),
-            *(thing._replace(place=place, x=0.5 + P.STEP * x, y=0.5 + P.STEP * y)
-              for place, (x, y) in P.PLACES.items() if place not in [r.place for r in rest]))))]
+        others = [thing._replace(colour=colour) for colour in P.COLOURS]
+        others += [thing._replace(shape=shape) for shape in P.SHAPES]
+        others += [thing._replace(place=place, x=0.5 + P.STEP * x, y=0.5 + P.STEP * y)
+                   for place, (x, y) in P.PLACES.items() if place not in [r.place for r in rest]]
+        others = [scene._replace(things=things) for things in (rest, *([o, *rest] for o in others))]
+        others += [scene._replace(ground=ground) for ground in P.COLOURS]
         others = [other for other in others if what(other) != what(scene)]
         changed += [P.check(P.render(other, 32), scene) for other in random.sample(others, 10)]
         assert not P.check(np.full((32, 32, 3), P.COLOURS[scene.ground], np.uint8), scene)
         assert not P.check(rng.integers(0, 256, (32, 32, 3)).astype(np.uint8), scene)
     assert np.mean(renders) >= 0.995 and np.mean(changed) <= 0.01
-
-def test_scenes_splits_and_captions():
-    rng = np.random.default_rng(0)
     train = {P.caption(P.random_scene(rng)) for _ in range(500)}
     assert not train & {P.caption(P.random_scene(rng, "held-out")) for _ in range(500)}
     things = P.Thing("red", "circle", "left", 0, 0, 0), P.Thing("blue", "ring", "right", 0, 0, 0)
     assert P.caption(P.Scene("white", things)).endswith("left of a blue ring on a white ground")
     assert P.caption(P.Scene("white", things), short=True) == "a red circle and a blue ring"
     a, b, none = P.Words()(["Red circle!", "circle red", ""])
-    assert a.shape == b.shape == (2, P.Words.dim) and none.shape == (0, P.Words.dim)
-    assert torch.equal(a[0, :32], b[1, :32]) and not torch.equal(a[0], b[1])
+    assert torch.equal(a[0, :32], b[1, :32]) and not torch.equal(a[0], b[1]) and len(none) == 0
 
 @pytest.mark.parametrize("channels", [4, 16])
 def test_tiny_autoencoders_agree_with_diffusers(channels, tmp_path):
@@ -153,18 +151,44 @@ def test_tiny_autoencoders_agree_with_diffusers(channels, tmp_path):
     torch.testing.assert_close(ours.decode(99 * latents), theirs.decode(99 * latents).sample)
 
 @pytest.mark.skipif("HF_HOME" not in os.environ, reason="needs the files of a Hub cache")
-def test_training_on_latents_of_a_codec_from_the_hub(tmp_path):
-    run("prepare.py", "--size", 128, "--codec", "taef2", "--limit", 16, "--out", "x", cwd=tmp_path)
+def test_t5_and_two_stages_on_latents_of_a_codec_from_the_hub(tmp_path):
+    import transformers
+    files, t5 = M.fetch("google/flan-t5-base", "*.json"), tmp_path / "t5"
+    theirs = transformers.T5EncoderModel(transformers.T5Config.from_pretrained(
+        files, d_model=48, d_kv=8, d_ff=64, num_layers=2, num_heads=3)).eval()
+    theirs.save_pretrained(t5)
+    shutil.copy(files / "tokenizer.json", t5)
+    real, ours = transformers.AutoTokenizer.from_pretrained(t5), P.load_text_encoder(t5, "cpu", 256)
+    texts = ["", "a" * 10_000, " \t\n\u3000 12,345.678 9½ Ａ ﬁne～① e\u0301 x\0\1y a\u200bb\u00a0c",
+             "👩\u200d👩\u200d👧 family 👍🏽 flag: 🇩🇪 \u2028 \ufeff"]
+    pieces = sorted(piece for piece in real.get_vocab() if piece[0] != "<")
+    texts += ["".join(random.choices(pieces, k=40)).replace("▁", " ") for _ in range(2000)]
+    for first in (0x20, 0xc0, 0x391, 0x410, 0x5d0, 0x620, 0x904, 0x3041, 0x4e00, 0xac00, 0x1f300):
+        letters = [*map(chr, range(first, first + 90)), *" 7e,"]           # Latin to Korean, emoji
+        texts += ["".join(random.choices(letters, k=60)) for _ in range(99)]
+    assert [ours.tokenize(text) for text in texts] == real(texts).input_ids
+    captions = [" ".join(random.choices(["a red", "fox on", "sand"], k=k)) for k in (0, 1, 9, 250)]
+    for batch in captions, *([each] for each in captions):
+        inputs = real(batch, return_tensors="pt", padding=True, truncation=True, max_length=256)
+        with torch.no_grad():
+            expected = theirs(**inputs).last_hidden_state[inputs.attention_mask.bool()]
+        torch.testing.assert_close(torch.cat(ours(batch)), expected, rtol=1e-4, atol=1e-4)
+    assert len(ours(captions)[3]) == 256 and ours.cut == 3                   # of the longest
+    flags = "--size", 128, "--codec", "taef2", "--text", t5, "--max-tokens", 12, "--limit", 16
+    assert "x caption cut" in run("prepare.py", *flags, "--out", "x", cwd=tmp_path)
+    M.write_json(tmp_path / "x/meta.json", {**M.read_json(tmp_path / "x/meta.json"), "source": "x"})
     originals = [P.render(P.random_scene(np.random.default_rng(n)), 128) for n in range(16)]
     latents = torch.tensor(np.load(tmp_path / "x/shard-00000/latents.npy")).float()
     decoded = P.load_codec("taef2").decode(latents).clamp(-1, 1) / 2 + 0.5
     error = decoded - torch.tensor(np.stack(originals)).permute(0, 3, 1, 2) / 255
     assert -10 * error.square().mean((1, 2, 3)).log10().mean() > 27                           # dB
     run("train.py", "--data", "x", "--steps", 2, "--batch-size", 4, cwd=tmp_path)
-    run("sample.py", "a", "--run", "out/x", "--steps", 2, "--out", "one/", cwd=tmp_path)
-    assert Image.open(tmp_path / "one/0000.png").size == (128, 128)
-    how = "a --run out/x --guidance-mode self".split()
-    assert "trained with --route" in run("sample.py", *how, cwd=tmp_path, code=2)
+    again = "--data x --init out/x --out next --steps 1 --lr 1e-12 --muon-lr 1e-12 --batch-size 4"
+    run("train.py", *again.split(), cwd=tmp_path)
+    before, after = (M.PRX.from_pretrained(tmp_path / name) for name in ("out/x", "next"))
+    torch.testing.assert_close(after.state_dict(), before.state_dict())
+    run("sample.py", "a", "--run", "next", "--steps", 2, "--out", "one/", cwd=tmp_path)
+    assert "not trained on" in run("sample.py", "--score", "--run", "next", cwd=tmp_path, code=2)
 
 def make(mode="RGB", size=(40, 30), kind="PNG", colour=None, **save):
     data = io.BytesIO()
@@ -183,23 +207,21 @@ def test_any_picture_from_a_folder(tmp_path):
         "palette.png": make("P", transparency=0), "two.dots.webp": make(kind="WEBP"),
         "moving.gif": make("P", kind="GIF"), "deeper/naïve name.bmp": make(kind="BMP"),
         "broken.jpg": make(size=(400, 300), kind="JPEG", colour="red")[:900], "empty.png": b"",
-        "text.png": b"not a picture", "small.png": make(size=(1, 1)), "deeper/listed.png": make(),
+        "text.png": b"not a picture", "small.png": make(size=(1, 1)),
         "huge.png": make()[:12] + huge + struct.pack(">I", zlib.crc32(huge)) + make()[33:]}
     for name, data in files.items():
         (source / name).write_bytes(data)
         if name != "bare.png":
             (source / name).with_suffix(".txt").write_text(f"{name}\0 in\nwords", "utf-8")
     rotated.save(source / "rotated.jpg", exif=exif, quality=95)
-    (source / "metadata.jsonl").write_text('{"file_name": "rotated.jpg", "text": "a\u2028turn"}\n')
-    (source / "deeper" / "metadata.csv").write_text('file_name,text\nlisted.png,"listed, here"\n')
+    (source / "rotated.json").write_text('{"prompt": "a\u2028turn"}')
     output = run("prepare.py", source, "--size", 16, cwd=tmp_path)
-    for line in ("4 x broken picture, or of more than 100,000,000 pixels", "1 x no caption",
-                 "1 x shorter side below 8", "left out bare.png: no caption"):
+    for line in "4 x broken or gig", "1 x shorter side below 8", "1 x no", "left out bare.png: no":
         assert line in output, output
     shard = tmp_path / "data/photos/shard-00000"
     captions = (shard / "captions.txt").read_text("utf-8").splitlines()
     latents = dict(zip(captions, np.load(shard / "latents.npy", mmap_mode="r")))
-    assert len(latents) == 10 and {"listed, here", "deeper/naïve name.bmp in words"} <= {*latents}
+    assert len(latents) == 9 and "deeper/naïve name.bmp in words" in latents
     assert latents["clear.png in words"].min() == latents["deep.png in words"].min() == 255
     top, bottom = latents["a turn"][:, 2].mean(1), latents["a turn"][:, -3].mean(1)
     assert top[2] > 200 > 50 > top[0] and bottom[0] > 200 > 50 > bottom[2]
@@ -234,8 +256,8 @@ def test_cache_format_and_going_on_after_a_kill(trained, tmp_path):
                               for name in ("latents", "text", "offsets"))
     assert meta["latent_shape"] == [3, 32, 32] and latents.shape == (600, 3, 32, 32)
     assert latents.dtype == np.uint8 and text.shape == (offsets[-1], 96) and len(offsets) == 601
-    for key, measured in ("mean", latents.mean((0, 2, 3)) - 127.5), ("std", latents.std((0, 2, 3))):
-        np.testing.assert_allclose(meta[key], measured / 127.5, atol=1e-4)
+    measured = latents.mean((0, 2, 3)) / 127.5 - 1, latents.std((0, 2, 3)) / 127.5
+    np.testing.assert_allclose((meta["mean"], meta["std"]), measured, atol=1e-4)
     caption = (shard / "captions.txt").read_text().splitlines()[7]
     np.testing.assert_allclose(text[offsets[7]:offsets[8]], P.Words()([caption])[0], atol=1e-3)
     shard = tmp_path / "data/scenes/shard-00000"
@@ -253,27 +275,19 @@ def test_a_run_and_its_folder(trained):
     assert "is finished" in run("train.py", *TINY, "--steps", 48, "--sample-every", 20, cwd=trained)
     output = run("train.py", *TINY, "--steps", 30, "--lr", 0.01, cwd=trained, code=2)
     assert "lr was 0.003 and is now 0.01" in output and "steps was 48 and is now 30" in output
+    flags = *TINY, "--lr", 1e12, "--save-every", 1, "--out", "bad"
+    assert "loss is not finite at step" in run("train.py", *flags, cwd=trained, code=2)
+    assert all(p.isfinite().all() for p in M.PRX.from_pretrained(trained / "bad").parameters())
 
 def test_sampling(trained, tmp_path):
-    (tmp_path / "prompts.txt").write_text("a red circle\n\na blue ring\n")
-    how = ("--run", trained / "out/scenes", "--steps", 3, "--seed", 5)
-    run("sample.py", "a", *how, "--file", "prompts.txt", "--n", 2, "--out", "many", cwd=tmp_path)
-    run("sample.py", *how, "a blue ring", "--out", "one/", cwd=tmp_path)
+    how, prompts = (trained / "out/scenes", "--steps", 3, "--seed", 5), ("a", "a red circle", "b")
+    run("sample.py", *prompts, "--n", 2, "--out", "many", "--run", *how, cwd=tmp_path)
+    run("sample.py", "b", "--out", "one/", "--run", *how, cwd=tmp_path)
     many, one = (np.asarray(Image.open(tmp_path / name)).astype(int)
                  for name in ("many/0004.png", "one/0000.png"))
     assert one.shape == (32, 32, 3) and abs(many - one).max() <= 2 and one.std() > 1
-    assert "2 pictures" in run("sample.py", *how, "a", "b", "--guidance-mode", "self", cwd=tmp_path)
-    assert "composition" in run("sample.py", *how, "--score", cwd=tmp_path)
-
-def test_guidance_and_euler():
-    def constant(x, t, text, mask=None, stay=None):              # 1 for null or with 2 of 4 tokens
-        kept = 1 if stay is None else stay.shape[1]
-        return (text.mean((1, 2)) / kept)[:, None, None, None].expand_as(x)
-    text, noise = torch.full((2, 3, 4), 2.0), torch.randn(2, 1, 4, 4)
-    constant.config = M.PRXConfig(patch_size=2)
-    for route in 0.0, 0.5:
-        latents = S.generate(constant, text, torch.ones(3, 4), noise, 5, 3.0, "v", 2.0, route)
-        torch.testing.assert_close(latents, noise - (1 + 3.0 * (2 - 1)))
+    assert "2 pictures" in run("sample.py", "a", "b", "--run", *how, cwd=tmp_path)
+    assert "composition" in run("sample.py", "--score", "--run", *how, cwd=tmp_path)
 
 @pytest.mark.parametrize("how, processes", [
     (signal.SIGKILL, 0), (signal.SIGTERM, 0), (signal.SIGINT, 0), (signal.SIGKILL, 2)])
@@ -295,13 +309,6 @@ def test_an_interrupted_run_goes_on_exactly(trained, how, processes, tmp_path):
     steps = [int(row["step"]) for row in csv.DictReader(open(tmp_path / "cut/log.csv"))]
     assert steps == sorted(set(steps)) and {10, 60} <= set(steps)
 
-def test_a_second_stage_begins_with_the_weights_of_the_first(trained, tmp_path):
-    run("prepare.py", "--size", 64, "--limit", 64, "--out", "large", cwd=tmp_path)
-    flags = "--data", "large", "--init", trained / "out/scenes", "--lr", 1e-12, "--muon-lr", 1e-12
-    run("train.py", *TINY, *flags, "--steps", 1, cwd=tmp_path)
-    weights = lambda out: M.PRX.from_pretrained(out).state_dict()
-    torch.testing.assert_close(weights(tmp_path / "out/large"), weights(trained / "out/scenes"))
-
 def test_processes_and_parts_of_a_batch_change_nothing(trained, tmp_path):
     flags = (*TINY, "--steps", 20, "--dtype", "fp32", "--data", trained / "data/scenes", "--out")
     for out, how, processes in ("one", (), 0), ("two", (), 2), ("parts", ("--micro-batch", 6), 0):
@@ -320,22 +327,15 @@ def test_a_broken_cache_is_refused(trained, name, damage, tmp_path):
     with pytest.raises(M.Refused, match=name):
         T.Cache(tmp_path / "cache", "cpu")
 
-def test_a_loss_that_is_not_finite_is_not_saved(trained, tmp_path):
-    output = run("train.py", *TINY, "--steps", 40, "--lr", 1e12, "--save-every", 1, "--data",
-                 trained / "data/scenes", "--out", "out", cwd=tmp_path, code=2)
-    assert "loss is not finite at step" in output
-    for path in (tmp_path / "out/ema").glob("*.safetensors"):
-        assert all(tensor.isfinite().all() for tensor in M.read_safetensors(path).values())
-
 @pytest.mark.parametrize("code, command, sentence", [
     (2, "train.py --stepz 3", "arguments: --stepz"), (2, "train.py --steps x", "invalid int value"),
     (2, "train.py --ema 1.5", "argument --ema: 1.5 is not from 0 to 1"),
     (2, "train.py --width 100 --heads 3", "the width 100 is not a multiple of 4 x 3 heads"),
     (2, "train.py --patch-size 5", "--patch-size 5 does not divide latents of [32, 32]"),
-    (2, "train.py --data data/x", "no cache in data/x"), (2, "sample.py", "give a prompt, --file"),
-    (2, "prepare.py photos --captions short", "--captions short is for scenes"),
-    (2, "prepare.py photos", "neither a tar file nor"), (1, "sample.py --file x", "No such file"),
-    (2, "sample.py a --run x/y", "no folder here"), (2, "prepare.py --codec .", "not hold a tiny")])
+    (2, "train.py --data data/x", "no cache in data/x"), (2, "sample.py", "give a prompt, or"),
+    (2, "prepare.py photos --captions short", "short is for scenes"),
+    (2, "prepare.py photos", "neither a tar file nor"), (2, "prepare.py --text .", "config.json can"),
+    (2, "sample.py a --run x/y", "no folder here"), (2, "prepare.py --codec .", "not hold a Tiny")])
 def test_wrong_flags_and_missing_things(code, command, sentence, tmp_path):
     assert sentence in run(*command.split(), cwd=tmp_path, code=code)
     assert not list(tmp_path.iterdir())

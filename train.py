@@ -14,11 +14,10 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from model import (PRX, PRXConfig, Refused, add_noise, pick_device, read_json, refusing,
-                   sample_timesteps, velocity, whole_file, write_json)
+from model import (PRX, PRXConfig, Refused, pick_device, read_json, refusing, sample_timesteps,
+                   velocity, whole_file, write_json)
 from prepare import (count, load_codec, load_text_encoder, natural, pad, positive,
                      prepare, refuse_differences, run_script, share)
 from sample import draw, grid, score
@@ -29,7 +28,7 @@ class Config:
     data: str = "data/scenes"      # a cache that prepare.py wrote
     out: str = ""                  # folder of the run; "": out/ and the cache's name
     init: str = ""                 # a run or a model of the same sizes, to begin as a second stage
-    steps: count = 1100            # optimizer steps
+    steps: count = 950             # optimizer steps
     batch_size: count = 128        # pictures in a step, over all processes
     micro_batch: natural = 0       # pictures a process takes at once, to save memory; 0: all
     seed: natural = 0              # of the weights, the order, the noise and the timesteps
@@ -42,7 +41,7 @@ class Config:
     mlp_ratio: positive = 3.0      # width of the MLP over hidden size
     bottleneck: natural = 64       # of patches of pixels, its width (PRX: 256, patch 32); 0: none
     predict: Literal["x", "v"] = "x"                    # clean picture (JiT) or velocity
-    t_floor: share = 0.2           # t below it weighs as little in the loss (JiT and PRX: 0.05)
+    t_floor: share = 0.3           # t below it weighs as little in the loss (JiT and PRX: 0.05)
     shift: positive = 1.0          # timestep shift, in sampling too (PRX: 3 for pixels at 1024 px)
     route: share = 0.0             # share of tokens that skip the middle blocks (TREAD; PRX: 0.5)
     caption_dropout: share = 0.1   # share of captions left empty, for guidance (PRX: 0.1)
@@ -55,10 +54,6 @@ class Config:
     ema: share = 0.98              # decay of the averaged weights, each step (PRX: 0.999 every 10)
     dtype: Literal["auto", "bf16", "fp32"] = "auto"     # autocast; auto: bf16 if there is hardware
     compile: Literal["auto", "on", "off"] = "auto"      # torch.compile; auto: on CUDA
-    def __post_init__(self):
-        self.out = self.out or f"out/{Path(self.data).name}"
-        if self.batch_size % int(os.getenv("WORLD_SIZE", 1)):
-            raise Refused(f"--batch-size {self.batch_size} is not a multiple of the processes")
 # -------------------------------------------------------------------------------------- the data
 def load_array(path, dtype, *shape):
     """The .npy file of that type and shape, mapped into memory. Raises Refused, also at NaN."""
@@ -88,8 +83,8 @@ class Cache(torch.utils.data.Dataset):
             self.starts = np.cumsum([0, *self.meta["shards"].values()])
             self.mean = torch.tensor(self.meta["mean"], device=device).view(shape[0], 1, 1)
             self.std = torch.tensor(self.meta["std"], device=device).view(shape[0], 1, 1)
-            null = torch.tensor(load_array(folder / "null.npy", "float16", tokens, dim))
-            self.null = null.to(self.mean)                                       # (tokens, D)
+            null = load_array(folder / "null.npy", "float16", tokens, dim)
+            self.null = torch.tensor(null).to(self.mean)                         # (tokens, D)
     def __getitems__(self, indices):
         """Latents (B, C, H, W) as they are stored, and text (B, tokens, D), padded with zeros."""
         some_latents, some_text = [], []
@@ -125,17 +120,16 @@ def make_model(config, meta):
         theta=100, bottleneck_size=pixels and config.bottleneck or None))  # 2403.13298; PRX: 10000
 
 def make_optimizers(network, config):
-    """AdamW, and Muon (kellerjordan.github.io/posts/muon) for the matrices inside the blocks, its
-    updates scaled to the size of AdamW's (arXiv 2502.16982). No weight decay, as in PRX."""
+    """AdamW, and Muon (kellerjordan.github.io/posts/muon) for the matrices that a block's tokens go
+    through, its updates as large as AdamW's (2502.16982). PRX: momentum 0.95, no weight decay."""
     rest, matrices = [], []
     for name, p in network.named_parameters():
         muon = config.optimizer == "muon" and name.startswith("blocks.") and p.ndim == 2
-        (matrices if muon else rest).append(p)
+        (matrices if muon and "modulation" not in name else rest).append(p)
     adamw = torch.optim.AdamW(rest, config.lr, (0.9, 0.95), weight_decay=0, fused=True)
     return {"adamw": adamw} if not matrices else {"adamw": adamw, "muon": torch.optim.Muon(
-        matrices, config.muon_lr, weight_decay=0, adjust_lr_fn="match_rms_adamw")}
+        matrices, config.muon_lr, weight_decay=0, momentum=0.9, adjust_lr_fn="match_rms_adamw")}
 # ------------------------------------------------------------------------------------ the training
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
 FREE = ("out", "save_every", "sample_every", "micro_batch", "compile")   # may change on resuming
 def training_inputs(latents, text, cache, config, step, rank):
     """This process's clean x and noise (B, C, H, W), t (B,), text, partly dropped, tokens (B, S)
@@ -157,7 +151,8 @@ def training_inputs(latents, text, cache, config, step, rank):
 def train_step(model, optimizers, config, step, autocast, x, noise, t, text, stay):
     """One step of all optimizers, by --micro-batch pictures at once. Returns the loss, which is a
     mean squared error of velocities, and the norm of its gradient before that was clipped."""
-    x_t, total, micro = add_noise(x, noise, t), 0, config.micro_batch or len(x)
+    total, micro = 0, config.micro_batch or len(x)
+    x_t = torch.lerp(x, noise, t[:, None, None, None])                      # (1 - t) x + t noise
     for part in (slice(first, first + micro) for first in range(0, len(x), micro)):
         model.require_backward_grad_sync = part.stop >= len(x)         # of DDP: after the last part
         with autocast:
@@ -180,14 +175,15 @@ def train_step(model, optimizers, config, step, autocast, x, noise, t, text, sta
 def train(config):
     """Train as the config says, or go on with what is in its folder. Raises Refused where data are
     missing, the folder holds a run with other settings, or the loss is not finite."""
-    if sys.platform == "linux":    # keep freed memory: to have it anew costs a CPU 12% of a step
-        for option, value in ((-3, 2 ** 25), (-1, 2 ** 31 - 1)):     # mmap and trim thresholds
-            ctypes.CDLL(None).mallopt(option, value)
-    device, bf16 = pick_device()
+    for option, value in ((-3, 2 ** 25), (-1, 2 ** 31 - 1)) if sys.platform == "linux" else ():
+        ctypes.CDLL(None).mallopt(option, value)   # keep freed memory: 12% of a step on a CPU
+    (device, bf16), cuda = pick_device(), torch.cuda.is_available()
     rank, world = int(os.getenv("RANK", 0)), int(os.getenv("WORLD_SIZE", 1))
+    if config.batch_size % world:
+        raise Refused(f"--batch-size {config.batch_size} is not a multiple of the processes")
     if world > 1:
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    data, out = Path(config.data), Path(config.out)
+        torch.distributed.init_process_group("nccl" if cuda else "gloo")
+    data, out = Path(config.data), Path(config.out or f"out/{Path(config.data).name}")
     if not (data / "meta.json").exists():
         if config.data != Config.data:
             raise Refused(f"there is no cache in {data}; python prepare.py SOURCE --out {data}")
@@ -211,50 +207,22 @@ def train(config):
             step, seconds, log_size = state["step"], state["seconds"], state["log_size"]
             for name, part in parts.items():
                 part.load_state_dict(state.pop(name))                    # pop: frees the copy
-    if config.compile == "on" or config.compile == "auto" and device.type == "cuda":
+    if config.compile == "on" or config.compile == "auto" and cuda:
         network.body = torch.compile(network.body)
     model = torch.nn.parallel.DistributedDataParallel(network) if world > 1 else network
     autocast = torch.autocast(device.type, torch.bfloat16,
                               enabled=config.dtype == "bf16" or config.dtype == "auto" and bf16)
-    info = meta | {"predict": config.predict, "shift": config.shift, "route": config.route}
-    painter = ema.module, load_codec(meta["codec"], device), load_text_encoder(meta["text"]), info
+    info = meta | {"predict": config.predict, "shift": config.shift}
+    painter = ema.module, load_codec(meta["codec"], device), load_text_encoder(
+        meta["text"], device, meta["tokens"]), info
     first = next(shard for shard, pictures in meta["shards"].items() if pictures)
     prompts = (data / first / "captions.txt").read_text("utf-8").splitlines()[:12]
-    def show():
-        with autocast:
-            pictures = draw(*painter, prompts, range(len(prompts)))
-        with whole_file(out / "samples" / f"step_{step:06d}.png") as file:
-            grid(pictures, prompts, 6).save(file, "png")
-    def save():
-        ema.module.save_pretrained(out / "ema")
-        write_json(out / "ema" / "nanoprx.json", info)
-        with whole_file(checkpoint) as file:
-            torch.save({name: part.state_dict() for name, part in parts.items()} | {
-                "config": dataclasses.asdict(config), "step": step, "seconds": seconds,
-                "log_size": os.fstat(log.fileno()).st_size}, file)
-    def finish():
-        paths = sorted((out / "samples").glob("step_*.png"))
-        first, *others = map(Image.open, paths[::-(len(paths) // 50 + 1)][::-1])     # 50 at most
-        with whole_file(out / "learning.gif") as file:
-            first.save(file, "gif", save_all=True, append_images=others, duration=400, loop=0)
-        print(f"{out} is finished: {step:,} steps in {seconds / 60:.1f} minutes")
-        if meta["source"] == "scenes":
-            with autocast:
-                print("prompt accuracy:", *(f"{k} {v:.1%}" for k, v in score(*painter).items()))
-        print(f"sample with: python sample.py --run {out} PROMPT")
     stopped, parent = [], os.getppid()
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda *_: stopped.append(True))
-    gpu = torch.cuda.get_device_name() if device.type == "cuda" else ""
     loader = torch.utils.data.DataLoader(      # fork: workers share the maps, and ignore Ctrl-C
         cache, batch_sampler=batches(cache.starts[-1], config, step, rank, world), collate_fn=tuple,
-        **(dict(num_workers=2, multiprocessing_context="fork", pin_memory=True) if gpu else {}))
-    peak = next((flops for name, flops in PEAK_FLOPS.items() if name in gpu), None)
-    if peak:                                  # count the products of a forward pass of all tokens
-        with FlopCounterMode(display=False) as counter, torch.device("meta"):
-            make_model(config, meta)(torch.empty(1, *meta["latent_shape"]), torch.empty(1),
-                                     torch.empty(1, meta["tokens"], meta["text_dim"]))
-        work = 3 * counter.get_total_flops()  # backward takes twice as much again
+        **(dict(num_workers=2, multiprocessing_context="fork", pin_memory=True) if cuda else {}))
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         log = open(out / "log.csv", "a", buffering=1)
@@ -276,8 +244,7 @@ def train(config):
         look = last or step % config.sample_every == 0
         if not (last or keep or look or step % 10 == 0 or world == 1 and stopped):
             continue                          # reading the loss would wait for the device
-        loss = torch.stack(losses).mean() / world
-        shared = torch.stack((loss, torch.full_like(loss, len(stopped))))
+        shared = torch.tensor([torch.stack(losses).mean() / world, len(stopped)], device=device)
         if world > 1:                         # told to stop, all stop at the same step
             torch.distributed.all_reduce(shared)
         loss, stop = shared.tolist()
@@ -287,20 +254,35 @@ def train(config):
         speed = config.batch_size * (step - before) / took
         losses, before, seconds = [], step, seconds + took
         if rank == 0:
-            mfu = {"MFU": f"{speed * work / peak / world:.0%}"} if peak else {}
-            bar.set_postfix({"loss": f"{loss:.4f}", "pictures/s": f"{speed:.0f}", **mfu})
+            bar.set_postfix({"loss": f"{loss:.4f}", "pictures/s": f"{speed:.0f}"})
             print(f"{step},{loss:.5f},{norm.item():.4f},{speed:.1f},{seconds:.1f}", file=log)
             if look:
-                show()
+                with autocast:
+                    pictures = draw(*painter, prompts, range(len(prompts)))
+                with whole_file(out / "samples" / f"step_{step:06d}.png") as file:
+                    grid(pictures, prompts, 6).save(file, "png")
             if last or keep or stop:
-                save()
+                ema.module.save_pretrained(out / "ema")
+                write_json(out / "ema" / "nanoprx.json", info)
+                with whole_file(checkpoint) as file:
+                    torch.save({name: part.state_dict() for name, part in parts.items()} | {
+                        "config": dataclasses.asdict(config), "step": step, "seconds": seconds,
+                        "log_size": os.fstat(log.fileno()).st_size}, file)
         if stop:
             break
     bar.close()
     if rank == 0 and step < config.steps:
         print(f"stopped at step {step} and saved; the same command goes on")
     elif rank == 0:
-        finish()
+        paths = sorted((out / "samples").glob("step_*.png"))
+        first, *others = map(Image.open, paths[::-(len(paths) // 50 + 1)][::-1])     # 50 at most
+        with whole_file(out / "learning.gif") as file:
+            first.save(file, "gif", save_all=True, append_images=others, duration=400, loop=0)
+        print(f"{out} is finished: {step:,} steps in {seconds / 60:.1f} minutes")
+        if meta["source"] == "scenes":
+            with autocast:
+                print("prompt accuracy:", *(f"{k} {v:.1%}" for k, v in score(*painter).items()))
+        print(f"sample with: python sample.py --run {out} PROMPT")
     if world > 1:
         torch.distributed.barrier()           # while the first process still draws and scores
         torch.distributed.destroy_process_group()
