@@ -273,8 +273,8 @@ def load_codec(name, device="cpu"):
     (B, channels, H / factor, W / factor), `decode` undoes it. Raises Refused."""
     if name == "pixels":
         return Pixels()
-    known = name in ("taesd", "taesdxl", "taesd3", "taef1", "taef2")
-    return load_frozen(TinyAutoencoder, f"madebyollin/{name}" if known else name, device)
+    source = name if Path(name).is_dir() or "/" in name else f"madebyollin/{name}"
+    return load_frozen(TinyAutoencoder, source, device)
 
 class Words:
     """Text embeddings that need no download. A word is a random vector seeded by its own spelling
@@ -321,9 +321,9 @@ class T5:
             ways = []
             for start, (score, pieces) in enumerate(best, end - len(best)):
                 more, number = self.pieces.get(word[start:end], (self.unknown, 2))
-                if number != 2 or start == end - 1:        # unknown letters in a row are one piece
-                    more_pieces = [number] if (pieces[-1:], number) != ([2], 2) else []
-                    ways.append((score + more, pieces + more_pieces))
+                if number != 2 or start == end - 1:
+                    again = number == 2 and pieces[-1:] == [2]       # unknown letters are one piece
+                    ways.append((score + more, pieces if again else [*pieces, number]))
             best = [*best[1 - self.longest:], max(ways, key=lambda way: way[0])]
         return best[-1][1]
     @torch.no_grad()

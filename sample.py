@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from model import (PRX, Refused, fetch, pick_device, read_json, shift_time, velocity, whole_file)
+from model import PRX, Refused, fetch, pick_device, read_json, shift_time, velocity, whole_file
 from prepare import (caption, check, count, load_codec, load_text_encoder, natural, pad,
                      random_scene, run_script, weight)
 

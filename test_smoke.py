@@ -334,7 +334,7 @@ def test_a_broken_cache_is_refused(trained, name, damage, tmp_path):
     (2, "train.py --patch-size 5", "--patch-size 5 does not divide latents of [32, 32]"),
     (2, "train.py --data data/x", "no cache in data/x"), (2, "sample.py", "give a prompt, or"),
     (2, "prepare.py photos --captions short", "short is for scenes"),
-    (2, "prepare.py photos", "neither a tar file nor"), (2, "prepare.py --text .", "config.json can"),
+    (2, "prepare.py photos", "neither a tar file nor"), (2, "prepare.py --text .", "config.json"),
     (2, "sample.py a --run x/y", "no folder here"), (2, "prepare.py --codec .", "not hold a Tiny")])
 def test_wrong_flags_and_missing_things(code, command, sentence, tmp_path):
     assert sentence in run(*command.split(), cwd=tmp_path, code=code)
