@@ -48,19 +48,17 @@ class PRXConfig:
 
 @functools.lru_cache(maxsize=8)
 def rope_table(rows, columns, axes_dim, theta, device):
-    """Cosines and signed sines, each (rows * columns, 1, head_dim), of the rotary embedding
-    (arXiv 2104.09864): axes_dim[0] dimensions turn with the row, the others with the column."""
+    """Cosines and sines, each (rows * columns, 1, head_dim / 2), of the rotary embedding (arXiv
+    2104.09864): axes_dim[0] dimensions turn with the row, the others with the column."""
     grid = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
     angles = torch.cat([place.flatten()[:, None] / theta ** (torch.arange(0, dim, 2).double() / dim)
                         for place, dim in zip(grid, axes_dim)], dim=1)         # (L, head_dim / 2)
-    sines = torch.stack((-angles.sin(), angles.sin()), dim=-1).flatten(1)
-    cosines = angles.cos().repeat_interleave(2, dim=1)               # a pair has one angle
-    return tuple(table.float()[:, None].to(device) for table in (cosines, sines))
+    return [table.float()[:, None].to(device) for table in (angles.cos(), angles.sin())]
 
 def apply_rope(x, rope):
     """Turn each pair (a, b) in the last axis of x (B, L, ...) to (a cos - b sin, b cos + a sin)."""
-    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-    return x * rope[0] + swapped * rope[1]                                  # cosines, signed sines
+    (a, b), (cosines, sines) = x.unflatten(-1, (-1, 2)).unbind(-1), rope
+    return torch.stack((a * cosines - b * sines, b * cosines + a * sines), dim=-1).flatten(-2)
 
 def modulate(x, shift, scale):
     """LayerNorm of x (B, L, D), times 1 + scale, plus shift (B, 1, D), which the timestep gives."""
@@ -170,7 +168,7 @@ class PRX(nn.Module):
         sizes = {name: config[name] for name in PRXConfig.__annotations__ if name in config}
         with refusing(f"{folder} does not hold a PRX"):
             model = cls(PRXConfig(**sizes))
-            model.load_state_dict(read_weights(folder, "diffusion_pytorch_model*.safetensors"))
+            model.load_state_dict(read_safetensors(*folder.glob("diffusion*.safetensors")))
         return model
     def save_pretrained(self, folder):
         """Write `config.json` and `diffusion_pytorch_model.safetensors` for diffusers and us."""
@@ -237,32 +235,35 @@ def fetch(source, *patterns):
     match the patterns were downloaded. Raises Refused where there is neither."""
     if Path(source).is_dir():
         return Path(source)
-    from huggingface_hub import snapshot_download                   # slow to import, seldom needed
-    with refusing(f"{source} is no folder here, and the Hub does not give it; check the name and "
-                  "the network, log in (hf auth login) if it is private or gated"):
-        return Path(snapshot_download(str(source), allow_patterns=patterns))
+    return Path(ask_hub("snapshot_download", str(source), allow_patterns=patterns))
+
+def ask_hub(function, repository, *files, **how):
+    """What a function of huggingface_hub gives for a repository there. Raises Refused."""
+    import huggingface_hub                                          # slow to import, seldom needed
+    with refusing(f"{' in '.join((*files, repository))} is not here, and the Hub does not give it; "
+                  "check name and network, log in (hf auth login) if it is private or gated"):
+        return getattr(huggingface_hub, function)(repository, *files, **how)
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
 
-def read_safetensors(path):
-    """The tensors of a safetensors file by name, mapped into memory. The format: an 8-byte length,
+def read_safetensors(*paths):
+    """The tensors of safetensors files by name, mapped into memory. The format: an 8-byte length,
     a JSON header of dtypes, shapes and offsets, raw bytes without gaps. Raises Refused."""
-    with refusing(f"{path} is not a whole safetensors file"):
-        data = np.memmap(path, np.uint8, "c")      # "c": what is written to is copied
-        length = int.from_bytes(data[:8].tobytes(), "little")
-        header, data = json.loads(data[8:8 + length].tobytes()), data[8 + length:]
-        header.pop("__metadata__", None)
-        begins, ends = zip(*sorted(entry["data_offsets"] for entry in header.values()))
-        if (*begins, len(data)) != (0, *ends):
-            raise ValueError("the tensors do not lie one behind the other to the end")
-        return {name: torch.from_numpy(data[slice(*entry["data_offsets"])])
-            .view(DTYPES[entry["dtype"]]).view(entry["shape"]) for name, entry in header.items()}
-
-def read_weights(folder, pattern):
-    """All tensors in the safetensors files of a folder that match a pattern. Raises Refused."""
-    return dict(pair for file in sorted(folder.glob(pattern))
-                for pair in read_safetensors(file).items())
+    tensors = {}
+    for path in paths:
+        with refusing(f"{path} is not a whole safetensors file"):
+            data = np.memmap(path, np.uint8, "c")      # "c": what is written to is copied
+            length = int.from_bytes(data[:8].tobytes(), "little")
+            header, data = json.loads(data[8:8 + length].tobytes()), data[8 + length:]
+            header.pop("__metadata__", None)
+            begins, ends = zip(*sorted(entry["data_offsets"] for entry in header.values()))
+            if (*begins, len(data)) != (0, *ends):
+                raise ValueError("the tensors do not lie one behind the other to the end")
+            for name, entry in header.items():
+                raw = torch.from_numpy(data[slice(*entry["data_offsets"])])
+                tensors[name] = raw.view(DTYPES[entry["dtype"]]).view(entry["shape"])
+    return tensors
 
 def write_safetensors(path, tensors):
     """Write tensors by name as a safetensors file, whole or not at all."""

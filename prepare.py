@@ -2,24 +2,23 @@
 
     python prepare.py                                          # 20,000 scenes into data/scenes
     python prepare.py photos/ --out data/photos --size 64      # a folder of pictures, or of tars
-    torchrun --nproc_per_node=4 prepare.py photos/             # the same, by four processes
+    torchrun --nproc_per_node=4 prepare.py jackyhate/text-to-image-2M --codec taef2     # the Hub's
 
-A caption stands beside its picture under the same name, in a .txt or in a .json (as `prompt`,
-`caption` or `text`).
+A caption is in the .txt, or the .json (`prompt`, `caption` or `text`), of its picture's name.
 
     data/scenes/meta.json                sizes, encoders, mean and std per channel
-                null.npy                 (tokens, D), the embedding of the empty caption
                 shard-00000/latents.npy  (N, C, H, W); a shard is whole, or has another name
                             text.npy     (sum of all L, D), that of caption i in the rows from
                             offsets.npy  (N + 1), offsets[i] to offsets[i + 1]
                             captions.txt a line each
 """
-import argparse, contextlib, functools, hashlib, inspect, io, itertools, json, math, os, re
+import argparse, contextlib, fnmatch, functools, hashlib, inspect, io, itertools, json, math, os, re
 import shutil, tarfile, unicodedata
 from collections import Counter, namedtuple
 from functools import partial
 from pathlib import Path
-from typing import Literal, get_args
+from types import SimpleNamespace
+from typing import Annotated, Literal, get_args
 
 import numpy as np
 import torch
@@ -29,7 +28,8 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from model import Refused, fetch, pick_device, read_json, read_weights, refusing, write_json
+from model import (Refused, ask_hub, fetch, pick_device, read_json, read_safetensors, refusing,
+                   write_json)
 # --------------------------------------------------------------------- the built-in world: scenes
 # Since the scene behind a prompt is known, a picture can be checked for it (GenEval, 2310.11513).
 COLOURS = {"red": (225, 35, 40), "green": (40, 165, 70), "blue": (40, 85, 225),
@@ -133,17 +133,16 @@ FORMATS = [kind for kind in Image.OPEN if kind != "EPS"]      # which would run 
 
 def load_picture(read):
     """The RGB picture in what read() gives, upright, on white where transparent. Raises Refused."""
+    data = io.BytesIO(read())
     try:
-        picture = ImageOps.exif_transpose(Image.open(io.BytesIO(read()), formats=FORMATS))
+        picture = ImageOps.exif_transpose(Image.open(data, formats=FORMATS))
         if picture.mode.startswith("I"):                                      # 16 bits of grey
             picture = Image.fromarray((np.asarray(picture) / 257).clip(0, 255).astype(np.uint8))
         if picture.has_transparency_data:
             picture = picture.convert("RGBA")
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
         return picture.convert("RGB")
-    except Exception as error:         # Pillow's decoders raise whatever they come upon
-        if getattr(error, "errno", None):                                        # the disk's fault
-            raise
+    except Exception:                  # Pillow's decoders raise whatever they come upon
         raise Refused("broken or gigantic picture")
 
 def list_items(source):
@@ -181,9 +180,9 @@ def list_scenes(first, size, short):
     return [("", caption(scene, short).split("\n" if n % 3 else " on a ")[0],
              lambda scene=scene: Image.fromarray(render(scene, size))) for n, scene in scenes]
 
-def list_parts(source, size=32, short=False):
-    """The parts of a source, each a function that gives its items. A source is "scenes" (which
-    have no end), a folder of pictures, a tar or a folder of tars. Raises Refused."""
+def list_parts(source, size=32, short=False, scratch="data/downloads"):
+    """The parts of "scenes", a folder of pictures, a tar, a folder of tars or a Hub dataset of tars
+    (user/name or user/name:pattern): functions that give items, downloaded then. Raises Refused."""
     if source == "scenes":
         return (partial(list_scenes, first, size, short) for first in range(0, 10 ** 12, PART))
     path = Path(source)
@@ -191,20 +190,28 @@ def list_parts(source, size=32, short=False):
         return [partial(list_items, tar) for tar in tars]
     if items := list_items(path) if path.is_dir() else []:
         return [partial(items.__getitem__, slice(n, n + PART)) for n in range(0, len(items), PART)]
-    raise Refused(f"{source} is neither a tar file nor a folder with pictures or tar files in it")
+    dataset, _, pattern = source.partition(":")
+    if not path.is_dir() and re.fullmatch(r"[\w.-]+/[\w.-]+", dataset):
+        files = ask_hub("list_repo_files", dataset, repo_type="dataset")
+        return [lambda file=file: list_items(Path(ask_hub(
+            "hf_hub_download", dataset, file, repo_type="dataset", local_dir=scratch)))
+                for file in fnmatch.filter(sorted(files), pattern or "*.tar")]
+    raise Refused(f"{source} is neither a tar, a folder with pictures or tars, nor such on the Hub")
 
-def load_squares(items, size, min_size):
+def load_squares(items, size, min_size, min_words, max_aspect, **others):
     """A batch of items as captions, pictures (B, size, size, 3) uint8, and what is left out of it
     as (name, reason). Runs in a DataLoader's workers."""
     captions, pictures, left_out = [], [], []
     for name, text, load in items:
         try:
             text = " ".join(text.encode(errors="replace").decode().replace("\0", " ").split())
-            if not text:
-                raise Refused("no caption")
+            if len(text.split()) < min_words:
+                raise Refused(f"caption below {min_words} words" if text else "no caption")
             picture = load()
             if min(picture.size) < min_size:
                 raise Refused(f"shorter side below {min_size} pixels")
+            if max(picture.size) > min(picture.size) * max_aspect:
+                raise Refused(f"longer side above {max_aspect:g} times the shorter")
             picture = ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
             pictures.append(torch.from_numpy(np.array(picture)))
             captions.append(text)
@@ -219,17 +226,11 @@ def read_source(source):
             with contextlib.suppress(Refused):
                 yield load(), text
 # ---------------------------------------------------------------------------- the frozen encoders
-class Pixels:
-    """The codec that leaves pictures as they are; the cache keeps them as uint8."""
-    channels, factor, dtype = 3, 1, "uint8"
-    encode = decode = staticmethod(lambda images: images)
-
 def load_frozen(kind, name, device, *how):
     """A network of a kind that is not trained here, from a folder or the Hub. Raises Refused."""
-    folder = fetch(name, "config.json", "tokenizer.json", "model*.safetensors",
-                   "diffusion_pytorch_model.safetensors", "taef2.safetensors")
+    folder = fetch(name, "*.json", "*.safetensors")
     with refusing(f"{folder} does not hold a {kind.__name__}"):
-        weights = read_weights(folder, "*.safetensors").items()
+        weights = read_safetensors(*folder.glob("*.safetensors")).items()
         return kind({name: weight.float().to(device) for name, weight in weights
                      if name.startswith(kind.parts)}, folder, *how)
 
@@ -271,8 +272,9 @@ def load_codec(name, device="cpu"):
     """The codec of that name: pixels, or a tiny autoencoder (taesd, taesdxl, taesd3, taef1, taef2,
     another Hub repository or a folder). `encode` makes images (B, 3, H, W) in [-1, 1] latents
     (B, channels, H / factor, W / factor), `decode` undoes it. Raises Refused."""
-    if name == "pixels":
-        return Pixels()
+    if name == "pixels":                       # leaves pictures as they are, uint8 in the cache
+        same = lambda images: images
+        return SimpleNamespace(channels=3, factor=1, dtype="uint8", encode=same, decode=same)
     source = name if Path(name).is_dir() or "/" in name else f"madebyollin/{name}"
     return load_frozen(TinyAutoencoder, source, device)
 
@@ -288,12 +290,11 @@ class Words:
         for text in captions:
             words = [w for w in re.findall(r"\w+", text.lower()) if w not in ("a", "an", "the")]
             self.cut += len(words) > self.max_tokens
-            rows = np.zeros((len(words) + 2, 32), np.float32)             # no word at either end
-            for row, word in zip(rows[1:], words):       # uniform numbers, mean 0 and variance 1
-                numbers = np.frombuffer(hashlib.shake_256(word.encode()).digest(32), np.uint8)
-                row[:] = (numbers / 127.5 - 1) * 3 ** 0.5
+            spelling = b"".join(hashlib.shake_256(word.encode()).digest(32) for word in words)
+            rows = np.frombuffer(spelling, np.uint8).reshape(-1, 32) / 127.5 - 1       # uniform, of
+            rows = np.pad(rows * 3 ** 0.5, [(1, 1), (0, 0)])    # variance 1; no word at either end
             tokens = np.hstack((rows[1:-1], rows[:-2], rows[2:]))[:self.max_tokens]
-            embeddings.append(torch.from_numpy(tokens))
+            embeddings.append(torch.from_numpy(tokens).float())
         return embeddings
 
 class T5:
@@ -362,16 +363,9 @@ def pad(embeddings, tokens):
     filler = embeddings[0].new_zeros(tokens, embeddings[0].shape[1])        # which sets the length
     return pad_sequence([*(each[:tokens] for each in embeddings), filler], True)[:-1]
 # -------------------------------------------------------------------------- the command line
-def number(kind, low, high=10 ** 12):
-    """A type for flags: int or float, from low to high."""
-    def parse(text):
-        if low <= kind(text) <= high:
-            return kind(text)
-        raise argparse.ArgumentTypeError(f"{text} is not from {low:g} to {high:g}")
-    parse.__name__ = kind.__name__                                          # for argparse's errors
-    return parse
-count, natural = number(int, 1), number(int, 0, 2 ** 31 - 1)           # a seed has 31 bits
-positive, weight, share = number(float, 1e-12), number(float, 0), number(float, 0, 1)
+count, natural = Annotated[int, 1, 10 ** 12], Annotated[int, 0, 2 ** 31 - 1]   # seeds have 31 bits
+positive, weight = Annotated[float, 1e-12, 1e12], Annotated[float, 0, 1e12]
+share = Annotated[float, 0, 1]
 
 def run_script(settings, description, run=lambda done: done, **nargs):
     """Call a function or dataclass, each argument of which is a flag (or positional, if in nargs)
@@ -380,23 +374,26 @@ def run_script(settings, description, run=lambda done: done, **nargs):
         None, "%(prog)s [flags]; --help tells them all", description, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     comments = dict(re.findall(r"(?m)^    (\w+):[^#\n]*# +(.*)$", inspect.getsource(settings)))
-    for name, flag in inspect.signature(settings).parameters.items():
-        choices = get_args(flag.annotation)                          # of Literal["one", "other"]
-        how = dict(type=flag.annotation, nargs=nargs.get(name))
-        how = dict(choices=choices) if choices else how
-        how = dict(action="store_true") if flag.annotation is bool else how
+    flags = inspect.signature(settings).parameters
+    for name, flag in flags.items():
+        kind, *others = get_args(flag.annotation) or [flag.annotation]
+        how = dict(choices=[kind, *others]) if isinstance(kind, str) else dict(type=kind)
+        how = dict(action="store_true") if kind is bool else how | dict(nargs=nargs.get(name))
         parser.add_argument(name if name in nargs else "--" + name.replace("_", "-"), **how,
                             default=flag.default, help=f"{comments[name]} (default: %(default)r)")
+    values = vars(parser.parse_args())
+    for name, value in values.items():
+        kind, *limits = get_args(flags[name].annotation) or [str]
+        if kind in (int, float) and not limits[0] <= value <= limits[1]:
+            parser.error(f"argument --{name}: {value} is not from {limits[0]:g} to {limits[1]:g}")
     try:
-        run(settings(**vars(parser.parse_args())))
-    except (Refused, OSError, MemoryError, torch.OutOfMemoryError) as error:
+        run(settings(**values))
+    except (Refused, OSError, MemoryError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
         sentence = (str(error) or repr(error)).splitlines()[-1]          # of a worker's traceback
         parser.exit(2 if isinstance(error, Refused) else 1, f"{parser.prog}: {sentence}\n")
-    except KeyboardInterrupt:
-        parser.exit(1, f"{parser.prog}: stopped; the same command goes on\n")
 # -------------------------------------------------------------------------------------- the cache
 def prepare(
-    source: str = "scenes",      # scenes, a folder of pictures or of tars, or a tar
+    source: str = "scenes",      # scenes, a folder of pictures or tars, a tar, user/name on the Hub
     out: str = "",               # folder of the cache; "": data/ and the source's name
     size: natural = 0,           # side of the square pictures in pixels; 0: 32 for scenes, else 256
     limit: natural = 0,          # look at no more (a process: its share); 0: 20,000 scenes, or all
@@ -405,6 +402,8 @@ def prepare(
     max_tokens: count = 64,      # where captions are cut
     captions: Literal["long", "short"] = "long",   # how scenes are told
     min_size: natural = 0,       # leave out pictures with a shorter side; 0: half of size
+    min_words: count = 1,        # ... with fewer words in their caption
+    max_aspect: positive = 4.0,  # ... whose longer side is more times the shorter
 ):
     """Write a cache, or go on with one; under torchrun the processes share parts and limit. Raises
     Refused where nothing can be used, or where the cache was begun with other settings."""
@@ -421,17 +420,18 @@ def prepare(
     if captions == "short" and not scenes:
         raise Refused("--captions short is for scenes; other pictures have what they have")
     rank, world = int(os.getenv("RANK", 0)), int(os.getenv("WORLD_SIZE", 1))
-    parts = list_parts(source, size, captions == "short")
+    scratch, known = out / f"download-{rank}", set()        # digests of pictures already in
+    parts = list_parts(source, size, captions == "short", scratch)
     if rank == 0:
         write_json(out / "settings.json", settings)
     left = limit // world + (rank < limit % world)
-    bar = tqdm(unit=" pictures", desc=str(out), total=left if left < 10 ** 8 else None,
-               disable=None if rank == 0 else True)
+    bar = tqdm(desc=str(out), unit=" pictures", disable=None if rank == 0 else True)
     for number, part in itertools.islice(enumerate(parts), rank, None, world):
         folder = out / f"shard-{number:05d}"
         if not folder.exists():
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                write_shard(folder, part()[:left], settings, codec, encode_text, bar)
+                write_shard(folder, part()[:left], settings, codec, encode_text, known, bar)
+            shutil.rmtree(scratch, ignore_errors=True)
         left -= read_json(folder / "shard.json")["seen"]
         if left <= 0:
             break
@@ -449,15 +449,16 @@ def prepare(
         if not total:
             raise Refused(f"no picture in {source} is usable; fix it, delete {out}/shard*")
         mean, squares = sum(np.array(shard["sums"]) for shard in shards) / (total * side ** 2)
-        tokens = max(np.diff(np.load(each / "offsets.npy")).max(initial=0) for each in folders)
-        np.save(out / "null.npy", pad(encode_text([""]), tokens)[0].half().cpu().numpy())
+        lengths = np.concatenate([np.diff(np.load(each / "offsets.npy")) for each in folders])
         counts = {folder.name: shard["count"] for folder, shard in zip(folders, shards)}
         write_json(out / "meta.json", {
             **settings, "count": total, "shards": counts, "dtype": codec.dtype,
             "latent_shape": [codec.channels, side, side], "text_dim": encode_text.dim,
-            "tokens": int(tokens), "mean": mean.tolist(),
+            "tokens": int(lengths.max()), "mean": mean.tolist(),
             "std": np.sqrt((squares - mean ** 2).clip(1e-6)).tolist()})
-        print(f"{out} holds {total:,} pictures")
+        kept = total / sum(shard["seen"] for shard in shards)
+        print(f"{out} holds {total:,} pictures, {kept:.1%} of those seen; tokens in a caption, "
+              f"quartiles: {np.quantile(lengths, np.arange(5) / 4).tolist()}")
     wait()                                    # for meta.json
 
 def refuse_differences(folder, old, new, free=()):
@@ -474,15 +475,15 @@ def write_npy_header(file, dtype, *shape):
     np.lib.format.write_array_header_1_0(
         file, {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape})
 
-def write_shard(folder, items, settings, codec, encode_text, bar):
+def write_shard(folder, items, settings, codec, encode_text, known, bar):
     """Encode items into the folder of a shard, which gets its name when it is whole."""
     unfinished, side = folder.with_suffix(".partial"), settings["size"] // codec.factor
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     offsets, report, sums = [0], Counter(), np.zeros((2, codec.channels))
-    load = partial(load_squares, size=settings["size"], min_size=settings["min_size"])
-    batches = DataLoader(items, 64, collate_fn=load, num_workers=0 if settings["source"] == "scenes"
-                         else os.cpu_count() // int(os.getenv("LOCAL_WORLD_SIZE", 1)))
+    workers = os.cpu_count() // int(os.getenv("LOCAL_WORLD_SIZE", 1))
+    batches = DataLoader(items, 64, collate_fn=partial(load_squares, **settings),
+                         num_workers=0 if settings["source"] == "scenes" else workers)
     with open(unfinished / "latents.npy", "wb") as latents_file, \
             open(unfinished / "text.npy", "wb") as text_file, \
             open(unfinished / "captions.txt", "w", encoding="utf-8") as captions_file:
@@ -494,6 +495,11 @@ def write_shard(folder, items, settings, codec, encode_text, bar):
                 report[reason] += 1
                 if report[reason] <= 3:
                     bar.write(f"left out {name}: {reason}")
+            digests = [hashlib.sha1(picture).digest() for picture in pictures.numpy()]
+            fresh = [n for key, n in dict(zip(digests, range(64))).items() if key not in known]
+            report["exact duplicate"] += len(captions) - len(fresh)
+            captions, pictures = [captions[n] for n in fresh], pictures[fresh]
+            known.update(digests)
             latents = codec.encode(pictures.permute(0, 3, 1, 2) / 127.5 - 1).cpu().double().numpy()
             sums += latents.sum((0, 2, 3)), np.square(latents).sum((0, 2, 3))
             if codec.dtype == "uint8":

@@ -15,7 +15,7 @@ from model import PRX, Refused, fetch, pick_device, read_json, shift_time, veloc
 from prepare import (caption, check, count, load_codec, load_text_encoder, natural, pad,
                      random_scene, run_script, weight)
 
-def generate(model, text, null, noise, steps=20, guidance=2.0, predict="x", shift=1.0):
+def generate(model, text, null, noise, predict="x", shift=1.0, steps=20, guidance=2.0):
     """Latents for text (B, L, D), by Euler steps along the velocity from noise (B, C, H, W), guided
     away from null (L, D), the empty caption (arXiv 2207.12598); one pass computes both."""
     x, text = noise, torch.cat((text, null.expand(len(text), -1, -1)))
@@ -33,13 +33,12 @@ def draw(model, codec, encode_text, info, prompts, seeds, steps=20, guidance=2.0
     it is the same whatever else is drawn; `info` is what a run's nanoprx.json holds."""
     device, pictures = next(model.parameters()).device, []
     mean, std = (torch.tensor(info[key], device=device).view(-1, 1, 1) for key in ("mean", "std"))
-    null = pad(encode_text([""]), info["tokens"])[0].to(device)
     for some in range(0, len(prompts), 64):
-        text = pad(encode_text(prompts[some:some + 64]), info["tokens"]).to(device)
-        noise = torch.stack([
+        text = pad(encode_text(["", *prompts[some:some + 64]]), info["tokens"]).to(device)
+        x = torch.stack([
             torch.randn(info["latent_shape"], generator=torch.Generator().manual_seed(seed))
             for seed in seeds[some:some + 64]]).to(device)
-        x = generate(model, text, null, noise, steps, guidance, info["predict"], info["shift"])
+        x = generate(model, text[1:], text[0], x, info["predict"], info["shift"], steps, guidance)
         images = codec.decode(x * std + mean).float().clamp(-1, 1)
         pictures.append(((images + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy())
     return np.concatenate(pictures)
@@ -100,15 +99,14 @@ def sample(
         seeds = [seed + number % n for number in range(len(prompts))]
         pictures = draw(model, codec, encode_text, info, prompts, seeds, steps, guidance)
     if out.lower().endswith(".png"):
-        sheet = grid(pictures, prompts, n if 1 < n < 9 else min(len(prompts), 6))
-        files = [(out, sheet, f"{len(pictures)} pictures")]
+        files = {out: grid(pictures, prompts, n if 1 < n < 9 else min(len(prompts), 6))}
     else:
-        files = [(f"{Path(out)}/{i:04d}.png", Image.fromarray(picture), f"{prompt!r}, seed {s}")
-                 for i, (picture, prompt, s) in enumerate(zip(pictures, prompts, seeds))]
-    for path, picture, what in files:
+        files = {f"{out}/{number:04d}.png": Image.fromarray(picture)
+                 for number, picture in enumerate(pictures)}
+    for path, picture in files.items():
         with whole_file(path) as file:
             picture.save(file, "png")
-        print(f"{path}: {what}")
+    print(f"{out} has {len(pictures)} pictures")
 
 if __name__ == "__main__":
     run_script(sample, __doc__, prompts="*")

@@ -37,7 +37,6 @@ class Config:
     patch_size: natural = 0        # side of a token in latents; 0: 8 or more for pixels, else 2
     width: natural = 0             # hidden size of the network; 0: 128 for pixels, else 384
     depth: natural = 0             # blocks; 0: 3 for pixels, else 8
-    heads: natural = 0             # attention heads; 0: width / 64, at least 4
     mlp_ratio: positive = 3.0      # width of the MLP over hidden size
     bottleneck: natural = 64       # of patches of pixels, its width (PRX: 256, patch 32); 0: none
     predict: Literal["x", "v"] = "x"                    # clean picture (JiT) or velocity
@@ -83,8 +82,6 @@ class Cache(torch.utils.data.Dataset):
             self.starts = np.cumsum([0, *self.meta["shards"].values()])
             self.mean = torch.tensor(self.meta["mean"], device=device).view(shape[0], 1, 1)
             self.std = torch.tensor(self.meta["std"], device=device).view(shape[0], 1, 1)
-            null = load_array(folder / "null.npy", "float16", tokens, dim)
-            self.null = torch.tensor(null).to(self.mean)                         # (tokens, D)
     def __getitems__(self, indices):
         """Latents (B, C, H, W) as they are stored, and text (B, tokens, D), padded with zeros."""
         some_latents, some_text = [], []
@@ -93,7 +90,7 @@ class Cache(torch.utils.data.Dataset):
             (latents, text, offsets), index = self.shards[number], index - self.starts[number]
             some_latents.append(latents[index])
             some_text.append(torch.tensor(text[slice(*offsets[index:index + 2])]))
-        return torch.from_numpy(np.stack(some_latents)), pad(some_text, len(self.null))
+        return torch.from_numpy(np.stack(some_latents)), pad(some_text, self.meta["tokens"])
 
 def batches(pictures, config, first_step, rank, world):
     """Yield for each step the numbers of this process's pictures, from seed and step alone, so that
@@ -109,15 +106,14 @@ def make_model(config, meta):
     (channels, *sides), pixels = meta["latent_shape"], meta["codec"] == "pixels"
     config.patch_size = config.patch_size or (max(8, sides[0] // 16) if pixels else 2)
     config.width = config.width or (128 if pixels else 384)
-    config.depth = config.depth or (3 if pixels else 8)
-    config.heads = config.heads or max(4, config.width // 64)
+    config.depth, heads = config.depth or (3 if pixels else 8), max(4, config.width // 64)
     if any(side % config.patch_size for side in sides):
         raise Refused(f"--patch-size {config.patch_size} does not divide latents of {sides}")
     return PRX(PRXConfig(
         in_channels=channels, patch_size=config.patch_size, context_in_dim=meta["text_dim"],
-        hidden_size=config.width, mlp_ratio=config.mlp_ratio, num_heads=config.heads,
-        depth=config.depth, axes_dim=(config.width // config.heads // 2,) * 2,
-        theta=100, bottleneck_size=pixels and config.bottleneck or None))  # 2403.13298; PRX: 10000
+        hidden_size=config.width, mlp_ratio=config.mlp_ratio, num_heads=heads, depth=config.depth,
+        axes_dim=(config.width // heads // 2,) * 2, theta=100,            # 2403.13298; PRX: 10000
+        bottleneck_size=pixels and config.bottleneck or None))
 
 def make_optimizers(network, config):
     """AdamW, and Muon (kellerjordan.github.io/posts/muon) for the matrices that a block's tokens go
@@ -131,9 +127,10 @@ def make_optimizers(network, config):
         matrices, config.muon_lr, weight_decay=0, momentum=0.9, adjust_lr_fn="match_rms_adamw")}
 # ------------------------------------------------------------------------------------ the training
 FREE = ("out", "save_every", "sample_every", "micro_batch", "compile")   # may change on resuming
-def training_inputs(latents, text, cache, config, step, rank):
-    """This process's clean x and noise (B, C, H, W), t (B,), text, partly dropped, tokens (B, S)
-    that skip no block; random by seed and step alone, for any number of processes or resumes."""
+def train_step(model, optimizers, cache, config, step, rank, autocast, latents, text):
+    """One step of all optimizers on this process's latents (B, C, H, W) and text (B, L, D), as they
+    are stored. Chance depends on seed and step alone, for any number of processes or resumes.
+    Returns the loss, a mean squared error of velocities, and its gradient's norm, unclipped."""
     device, mine = cache.null.device, slice(rank, None, config.batch_size // len(latents))
     generator = torch.Generator(device).manual_seed(config.seed * 2 ** 32 + step)
     shape = config.batch_size, *latents.shape[1:]
@@ -141,25 +138,19 @@ def training_inputs(latents, text, cache, config, step, rank):
     t = sample_timesteps(config.batch_size, config.shift, generator)[mine]
     drop = torch.rand(config.batch_size, generator=generator, device=device)[mine]
     x, text = latents.to(device, non_blocking=True), text.to(device, non_blocking=True)
-    x = x / 127.5 - 1 if x.dtype == torch.uint8 else x.float()
+    x = ((x / 127.5 - 1 if x.dtype == torch.uint8 else x.float()) - cache.mean) / cache.std
+    x_t = torch.lerp(x, noise, t[:, None, None, None])                      # (1 - t) x + t noise
+    text = torch.where((drop < config.caption_dropout)[:, None, None], cache.null, text)
     tokens = x.shape[2] * x.shape[3] // config.patch_size ** 2
     order = torch.rand(config.batch_size, tokens, generator=generator, device=device)[mine]
-    stay = order.argsort(1)[:, :max(1, round(tokens * (1 - config.route)))]
-    text = torch.where((drop < config.caption_dropout)[:, None, None], cache.null, text)
-    return (x - cache.mean) / cache.std, noise, t, text, stay
-
-def train_step(model, optimizers, config, step, autocast, x, noise, t, text, stay):
-    """One step of all optimizers, by --micro-batch pictures at once. Returns the loss, which is a
-    mean squared error of velocities, and the norm of its gradient before that was clipped."""
+    stay = order.argsort(1)[:, :max(1, round(tokens * (1 - config.route)))]      # skip no block
     total, micro = 0, config.micro_batch or len(x)
-    x_t = torch.lerp(x, noise, t[:, None, None, None])                      # (1 - t) x + t noise
     for part in (slice(first, first + micro) for first in range(0, len(x), micro)):
         model.require_backward_grad_sync = part.stop >= len(x)         # of DDP: after the last part
         with autocast:
             output = model(x_t[part], t[part], text[part], None, stay[part]).float()
         truth = x[part] if config.predict == "x" else noise[part] - x[part]
-        where = x_t[part], t[part], config.predict, config.t_floor
-        error = velocity(output, *where) - velocity(truth, *where)       # (x - output) / t, for "x"
+        error = velocity(output - truth, 0, t[part], config.predict, config.t_floor)    # x_t is out
         loss = error.square().mean() * len(output) / len(x)
         loss.backward()
         total += loss.detach()
@@ -199,12 +190,13 @@ def train(config):
     ema = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
     optimizers = make_optimizers(network, config)
     parts = {"network": network, "ema": ema, **optimizers}
-    step, seconds, log_size, checkpoint = 0, 0.0, 0, out / "ckpt.pt"
+    step, seconds, log = 0, 0.0, ["step,loss,grad_norm,pictures_per_second,seconds"]
+    checkpoint = out / "ckpt.pt"
     if checkpoint.exists():
         with refusing(f"{checkpoint} cannot go on"):
             state = torch.load(checkpoint, map_location=device, weights_only=True)
             refuse_differences(out, state["config"], dataclasses.asdict(config), FREE)
-            step, seconds, log_size = state["step"], state["seconds"], state["log_size"]
+            step, seconds, log = state["step"], state["seconds"], state["log"]
             for name, part in parts.items():
                 part.load_state_dict(state.pop(name))                    # pop: frees the copy
     if config.compile == "on" or config.compile == "auto" and cuda:
@@ -213,8 +205,10 @@ def train(config):
     autocast = torch.autocast(device.type, torch.bfloat16,
                               enabled=config.dtype == "bf16" or config.dtype == "auto" and bf16)
     info = meta | {"predict": config.predict, "shift": config.shift}
-    painter = ema.module, load_codec(meta["codec"], device), load_text_encoder(
-        meta["text"], device, meta["tokens"]), info
+    codec, encode_text = load_codec(meta["codec"], device), load_text_encoder(
+        meta["text"], device, meta["tokens"])
+    cache.null = pad(encode_text([""]), meta["tokens"])[0].to(device)            # (L, D)
+    painter = ema.module, codec, encode_text, info
     first = next(shard for shard, pictures in meta["shards"].items() if pictures)
     prompts = (data / first / "captions.txt").read_text("utf-8").splitlines()[:12]
     stopped, parent = [], os.getppid()
@@ -225,15 +219,12 @@ def train(config):
         **(dict(num_workers=2, multiprocessing_context="fork", pin_memory=True) if cuda else {}))
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        log = open(out / "log.csv", "a", buffering=1)
-        log.truncate(log_size := min(log_size, log.tell()))     # without what will be done again
-        if not log_size:
-            print("step,loss,grad_norm,pictures_per_second,seconds", file=log)
+        log_file = open(out / "log.csv", "w", buffering=1)
+        print(*log, sep="\n", file=log_file)                   # without what will be done again
     bar = tqdm(total=config.steps, initial=step, disable=None if rank == 0 else True)
     losses, since, before = [], time.perf_counter(), step
-    for latents, text in loader:
-        inputs = training_inputs(latents, text, cache, config, step, rank)
-        loss, norm = train_step(model, optimizers, config, step, autocast, *inputs)
+    for batch in loader:
+        loss, norm = train_step(model, optimizers, cache, config, step, rank, autocast, *batch)
         losses.append(loss)
         ema.multi_avg_fn([*ema.parameters()], [*network.parameters()], None)  # no wait for the GPU
         step += 1
@@ -255,7 +246,8 @@ def train(config):
         losses, before, seconds = [], step, seconds + took
         if rank == 0:
             bar.set_postfix({"loss": f"{loss:.4f}", "pictures/s": f"{speed:.0f}"})
-            print(f"{step},{loss:.5f},{norm.item():.4f},{speed:.1f},{seconds:.1f}", file=log)
+            log.append(f"{step},{loss:.5f},{norm.item():.4f},{speed:.1f},{seconds:.1f}")
+            print(log[-1], file=log_file)
             if look:
                 with autocast:
                     pictures = draw(*painter, prompts, range(len(prompts)))
@@ -264,10 +256,13 @@ def train(config):
             if last or keep or stop:
                 ema.module.save_pretrained(out / "ema")
                 write_json(out / "ema" / "nanoprx.json", info)
+                (out / "ema" / "README.md").write_text(                       # a model card
+                    "---\npipeline_tag: text-to-image\n---\nA PRX that nanoPRX trained for "
+                    f"{step:,} steps: `python sample.py --run user/name PROMPT` draws with it.\n")
                 with whole_file(checkpoint) as file:
                     torch.save({name: part.state_dict() for name, part in parts.items()} | {
                         "config": dataclasses.asdict(config), "step": step, "seconds": seconds,
-                        "log_size": os.fstat(log.fileno()).st_size}, file)
+                        "log": log}, file)
         if stop:
             break
     bar.close()
