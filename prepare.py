@@ -377,20 +377,23 @@ def run_script(settings, description, run=lambda done: done, **nargs):
     flags = inspect.signature(settings).parameters
     for name, flag in flags.items():
         kind, *others = get_args(flag.annotation) or [flag.annotation]
-        how = dict(choices=[kind, *others]) if isinstance(kind, str) else dict(type=kind)
-        how = dict(action="store_true") if kind is bool else how | dict(nargs=nargs.get(name))
+        how = dict(type=kind, nargs=nargs.get(name))
+        how = dict(choices=[kind, *others]) if isinstance(kind, str) else how       # of a Literal
+        how = dict(action="store_true") if kind is bool else how
         parser.add_argument(name if name in nargs else "--" + name.replace("_", "-"), **how,
                             default=flag.default, help=f"{comments[name]} (default: %(default)r)")
     values = vars(parser.parse_args())
     for name, value in values.items():
         kind, *limits = get_args(flags[name].annotation) or [str]
-        if kind in (int, float) and not limits[0] <= value <= limits[1]:
+        if kind in (int, float) and not limits[0] <= value <= limits[1]:         # of an Annotated
             parser.error(f"argument --{name}: {value} is not from {limits[0]:g} to {limits[1]:g}")
     try:
         run(settings(**values))
-    except (Refused, OSError, MemoryError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
+    except (Refused, OSError, MemoryError, torch.OutOfMemoryError) as error:
         sentence = (str(error) or repr(error)).splitlines()[-1]          # of a worker's traceback
         parser.exit(2 if isinstance(error, Refused) else 1, f"{parser.prog}: {sentence}\n")
+    except KeyboardInterrupt:
+        parser.exit(1, f"{parser.prog}: stopped; the same command goes on\n")
 # -------------------------------------------------------------------------------------- the cache
 def prepare(
     source: str = "scenes",      # scenes, a folder of pictures or tars, a tar, user/name on the Hub

@@ -88,16 +88,15 @@ def sample(
     if score and info.get("source") != "scenes":
         raise Refused(f"{run} was not trained on scenes; the prompt accuracy is for those")
     device, bf16 = pick_device()
-    model = PRX.from_pretrained(folder).to(device).eval()
-    codec, encode_text = load_codec(info["codec"], device), load_text_encoder(
-        info["text"], device, info["tokens"])
+    painter = (PRX.from_pretrained(folder).to(device), load_codec(info["codec"], device),
+               load_text_encoder(info["text"], device, info["tokens"]), info)
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         if score:
-            shares = prompt_accuracy(model, codec, encode_text, info, steps, guidance)
+            shares = prompt_accuracy(*painter, steps, guidance)
             return print(*(f"{name:12}{part:7.1%}" for name, part in shares.items()), sep="\n")
         prompts = [prompt for prompt in prompts for _ in range(n)]
         seeds = [seed + number % n for number in range(len(prompts))]
-        pictures = draw(model, codec, encode_text, info, prompts, seeds, steps, guidance)
+        pictures = draw(*painter, prompts, seeds, steps, guidance)
     if out.lower().endswith(".png"):
         files = {out: grid(pictures, prompts, n if 1 < n < 9 else min(len(prompts), 6))}
     else:

@@ -205,10 +205,9 @@ def train(config):
     autocast = torch.autocast(device.type, torch.bfloat16,
                               enabled=config.dtype == "bf16" or config.dtype == "auto" and bf16)
     info = meta | {"predict": config.predict, "shift": config.shift}
-    codec, encode_text = load_codec(meta["codec"], device), load_text_encoder(
-        meta["text"], device, meta["tokens"])
+    encode_text = load_text_encoder(meta["text"], device, meta["tokens"])
     cache.null = pad(encode_text([""]), meta["tokens"])[0].to(device)            # (L, D)
-    painter = ema.module, codec, encode_text, info
+    painter = ema.module, load_codec(meta["codec"], device), encode_text, info
     first = next(shard for shard, pictures in meta["shards"].items() if pictures)
     prompts = (data / first / "captions.txt").read_text("utf-8").splitlines()[:12]
     stopped, parent = [], os.getppid()
@@ -249,8 +248,7 @@ def train(config):
             log.append(f"{step},{loss:.5f},{norm.item():.4f},{speed:.1f},{seconds:.1f}")
             print(log[-1], file=log_file)
             if look:
-                with autocast:
-                    pictures = draw(*painter, prompts, range(len(prompts)))
+                pictures = autocast(draw)(*painter, prompts, range(len(prompts)))
                 with whole_file(out / "samples" / f"step_{step:06d}.png") as file:
                     grid(pictures, prompts, 6).save(file, "png")
             if last or keep or stop:
@@ -275,8 +273,8 @@ def train(config):
             first.save(file, "gif", save_all=True, append_images=others, duration=400, loop=0)
         print(f"{out} is finished: {step:,} steps in {seconds / 60:.1f} minutes")
         if meta["source"] == "scenes":
-            with autocast:
-                print("prompt accuracy:", *(f"{k} {v:.1%}" for k, v in score(*painter).items()))
+            shares = autocast(score)(*painter)
+            print("prompt accuracy:", *(f"{name} {part:.1%}" for name, part in shares.items()))
         print(f"sample with: python sample.py --run {out} PROMPT")
     if world > 1:
         torch.distributed.barrier()           # while the first process still draws and scores
