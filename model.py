@@ -133,14 +133,12 @@ class PRX(nn.Module):
         PRX: FID 18.20 to 21.61 at 256 px; it helps at 1024 px, 14.10). With stay = [[4, 1]]:
             0 1 2 3 4 5 -> first blocks -> 0   2 3   5 --------------------> 0 1 2 3 4 5 -> last one
                                              4     1   -> middle blocks -> 4 1                   """
-        patch = self.config.patch_size
-        grid = x.shape[2] // patch, x.shape[3] // patch
+        grid = [side // self.config.patch_size for side in x.shape[2:]]
         rope = rope_table(*grid, self.config.axes_dim, self.config.theta, x.device)
-        return self.body(x, t, text, mask, patch, grid, rope, stay)
-    def body(self, x, t, text, mask, patch, grid, rope, stay):      # what torch.compile is given
-        x = x.unflatten(2, (grid[0], patch)).unflatten(4, (grid[1], patch))     # (B, C, h, p, w, p)
-        img = self.img_in(x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2))       # (B, h w, D)
-        txt = self.txt_in(text)
+        return self.body(x, t, text, mask, stay, grid, rope)
+    def body(self, x, t, text, mask, stay, grid, rope):             # what torch.compile is given
+        x = F.pixel_unshuffle(x, self.config.patch_size)                        # (B, C p p, h, w)
+        img, txt = self.img_in(x.flatten(2).mT), self.txt_in(text)              # (B, h w, D)
         rates = torch.arange(128, device=t.device) / -128 * math.log(self.config.time_max_period)
         angles = (t.float() * self.config.time_factor)[:, None] * rates.exp()         # 1706.03762
         vec = torch.cat((angles.cos(), angles.sin()), dim=-1)                           # (B, 256)
@@ -155,9 +153,8 @@ class PRX(nn.Module):
             if routed and number == last:
                 img, rope = all_img.scatter(1, rows, img), all_rope
         shift, scale = self.final_layer["adaLN_modulation"](vec)[:, None].chunk(2, dim=-1)
-        x = self.final_layer["linear"](modulate(img, shift, scale))
-        x = x.unflatten(1, grid).unflatten(3, (-1, patch, patch))               # (B, h, w, C, p, p)
-        return x.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)             # (B, C, H, W)
+        x = self.final_layer["linear"](modulate(img, shift, scale)).mT          # (B, C p p, h w)
+        return F.pixel_shuffle(x.unflatten(2, grid), self.config.patch_size)    # (B, C, H, W)
     @classmethod
     def from_pretrained(cls, source):
         """The model in a folder or Hub repository in diffusers' layout, in a run's `ema/` or in a

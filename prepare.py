@@ -17,7 +17,6 @@ import shutil, tarfile, unicodedata
 from collections import Counter, namedtuple
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Annotated, Literal, get_args
 
 import numpy as np
@@ -274,7 +273,7 @@ def load_codec(name, device="cpu"):
     (B, channels, H / factor, W / factor), `decode` undoes it. Raises Refused."""
     if name == "pixels":                       # leaves pictures as they are, uint8 in the cache
         same = lambda images: images
-        return SimpleNamespace(channels=3, factor=1, dtype="uint8", encode=same, decode=same)
+        return argparse.Namespace(channels=3, factor=1, dtype="uint8", encode=same, decode=same)
     source = name if Path(name).is_dir() or "/" in name else f"madebyollin/{name}"
     return load_frozen(TinyAutoencoder, source, device)
 
@@ -350,8 +349,7 @@ class T5:
             y, name = norm(x, f"{layer}.1.layer_norm"), f"{layer}.1.DenseReluDense"
             gate = F.gelu(F.linear(y, weight(f"{name}.wi_0")), approximate="tanh")
             x = x + F.linear(gate * F.linear(y, weight(f"{name}.wi_1")), weight(f"{name}.wo"))
-        x = norm(x, "encoder.final_layer_norm")
-        return [row[each >= 0] for row, each in zip(x, ids)]
+        return [row[each >= 0] for row, each in zip(norm(x, "encoder.final_layer_norm"), ids)]
 
 def load_text_encoder(name, device="cpu", max_tokens=64):
     """The text encoder of that name: words, or the T5 in a folder or Hub repository. It makes a
@@ -377,23 +375,19 @@ def run_script(settings, description, run=lambda done: done, **nargs):
     flags = inspect.signature(settings).parameters
     for name, flag in flags.items():
         kind, *others = get_args(flag.annotation) or [flag.annotation]
-        how = dict(type=kind, nargs=nargs.get(name))
-        how = dict(choices=[kind, *others]) if isinstance(kind, str) else how       # of a Literal
-        how = dict(action="store_true") if kind is bool else how
+        how = dict(choices=[kind, *others]) if isinstance(kind, str) else dict(type=kind)
+        how = dict(action="store_true") if kind is bool else how | dict(nargs=nargs.get(name))
         parser.add_argument(name if name in nargs else "--" + name.replace("_", "-"), **how,
                             default=flag.default, help=f"{comments[name]} (default: %(default)r)")
-    values = vars(parser.parse_args())
-    for name, value in values.items():
+    for name, value in (values := vars(parser.parse_args())).items():
         kind, *limits = get_args(flags[name].annotation) or [str]
         if kind in (int, float) and not limits[0] <= value <= limits[1]:         # of an Annotated
             parser.error(f"argument --{name}: {value} is not from {limits[0]:g} to {limits[1]:g}")
     try:
         run(settings(**values))
-    except (Refused, OSError, MemoryError, torch.OutOfMemoryError) as error:
+    except (Refused, OSError, MemoryError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
         sentence = (str(error) or repr(error)).splitlines()[-1]          # of a worker's traceback
         parser.exit(2 if isinstance(error, Refused) else 1, f"{parser.prog}: {sentence}\n")
-    except KeyboardInterrupt:
-        parser.exit(1, f"{parser.prog}: stopped; the same command goes on\n")
 # -------------------------------------------------------------------------------------- the cache
 def prepare(
     source: str = "scenes",      # scenes, a folder of pictures or tars, a tar, user/name on the Hub
@@ -448,20 +442,19 @@ def prepare(
         shards = [read_json(folder / "shard.json") for folder in folders]
         for reason, n in sum((Counter(shard["report"]) for shard in shards), Counter()).items():
             print(f"{n:,} x {reason}")
-        total, side = sum(shard["count"] for shard in shards), size // codec.factor
+        total, looked_at = (sum(shard[key] for shard in shards) for key in ("count", "seen"))
         if not total:
             raise Refused(f"no picture in {source} is usable; fix it, delete {out}/shard*")
-        mean, squares = sum(np.array(shard["sums"]) for shard in shards) / (total * side ** 2)
+        mean, squares = sum(np.array(shard["sums"]) for shard in shards) / total
         lengths = np.concatenate([np.diff(np.load(each / "offsets.npy")) for each in folders])
         counts = {folder.name: shard["count"] for folder, shard in zip(folders, shards)}
         write_json(out / "meta.json", {
             **settings, "count": total, "shards": counts, "dtype": codec.dtype,
-            "latent_shape": [codec.channels, side, side], "text_dim": encode_text.dim,
-            "tokens": int(lengths.max()), "mean": mean.tolist(),
+            "latent_shape": [codec.channels] + 2 * [size // codec.factor],
+            "text_dim": encode_text.dim, "tokens": int(lengths.max()), "mean": mean.tolist(),
             "std": np.sqrt((squares - mean ** 2).clip(1e-6)).tolist()})
-        kept = total / sum(shard["seen"] for shard in shards)
-        print(f"{out} holds {total:,} pictures, {kept:.1%} of those seen; tokens in a caption, "
-              f"quartiles: {np.quantile(lengths, np.arange(5) / 4).tolist()}")
+        print(f"{out} holds {total:,} pictures, {total / looked_at:.1%} of those looked at; tokens "
+              f"in a caption, quartiles: {np.quantile(lengths, np.arange(5) / 4).tolist()}")
     wait()                                    # for meta.json
 
 def refuse_differences(folder, old, new, free=()):
@@ -504,7 +497,7 @@ def write_shard(folder, items, settings, codec, encode_text, known, bar):
             captions, pictures = [captions[n] for n in fresh], pictures[fresh]
             known.update(digests)
             latents = codec.encode(pictures.permute(0, 3, 1, 2) / 127.5 - 1).cpu().double().numpy()
-            sums += latents.sum((0, 2, 3)), np.square(latents).sum((0, 2, 3))
+            sums += latents.mean((2, 3)).sum(0), np.square(latents).mean((2, 3)).sum(0)
             if codec.dtype == "uint8":
                 latents = ((latents + 1) * 127.5).round()
             latents_file.write(latents.astype(codec.dtype).tobytes())

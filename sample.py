@@ -6,6 +6,7 @@
 """
 import textwrap
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -15,22 +16,29 @@ from model import PRX, Refused, fetch, pick_device, read_json, shift_time, veloc
 from prepare import (caption, check, count, load_codec, load_text_encoder, natural, pad,
                      random_scene, run_script, weight)
 
-def generate(model, text, null, noise, predict="x", shift=1.0, steps=20, guidance=2.0):
+def generate(model, text, null, noise, info, steps=20, guidance=2.0, mode="null"):
     """Latents for text (B, L, D), by Euler steps along the velocity from noise (B, C, H, W), guided
-    away from null (L, D), the empty caption (arXiv 2207.12598); one pass computes both."""
-    x, text = noise, torch.cat((text, null.expand(len(text), -1, -1)))
-    times = shift_time(torch.linspace(1, 0, steps + 1, device=noise.device), shift)
+    away from the answer to null (L, D), the empty caption (arXiv 2207.12598), in the same pass; or,
+    mode "self", from the model's own answer to text with tokens routed past blocks (PRX)."""
+    x, both = noise, torch.cat((text, null.expand(len(text), -1, -1)))
+    times = shift_time(torch.linspace(1, 0, steps + 1, device=x.device), info["shift"])
+    dice = torch.Generator().manual_seed(0)
     for t, next_t in zip(times, times[1:]):
-        x_twice, t_batch = torch.cat((x, x)), t.expand(len(text))
-        output = model(x_twice, t_batch, text).float()
-        v_text, v_null = velocity(output, x_twice, t_batch, predict).chunk(2)
-        x = x + (next_t - t) * (v_null + guidance * (v_text - v_null))
+        t_batch = t.expand(len(x))
+        if mode == "self":                         # the same tokens stay for all of the batch
+            order = torch.randperm(x[0, 0].numel() // model.config.patch_size ** 2, generator=dice)
+            stay = order[:max(1, round(len(order) * (1 - info["route"])))].expand(len(x), -1)
+            outputs = model(x, t_batch, text), model(x, t_batch, text, None, stay.to(x.device))
+        else:
+            outputs = model(torch.cat((x, x)), t_batch.repeat(2), both).chunk(2)
+        v, v_weak = (velocity(each.float(), x, t_batch, info["predict"]) for each in outputs)
+        x = x + (next_t - t) * (v_weak + guidance * (v - v_weak))
     return x
 
 @torch.no_grad()
-def draw(model, codec, encode_text, info, prompts, seeds, steps=20, guidance=2.0):
+def draw(model, codec, encode_text, info, prompts, seeds, *how):
     """Pictures (B, H, W, 3) uint8 for prompts. Each begins with the noise of its own seed, so that
-    it is the same whatever else is drawn; `info` is what a run's nanoprx.json holds."""
+    it is the same whatever else is drawn. info is a run's nanoprx.json; how goes to `generate`."""
     device, pictures = next(model.parameters()).device, []
     mean, std = (torch.tensor(info[key], device=device).view(-1, 1, 1) for key in ("mean", "std"))
     for some in range(0, len(prompts), 64):
@@ -38,18 +46,18 @@ def draw(model, codec, encode_text, info, prompts, seeds, steps=20, guidance=2.0
         x = torch.stack([
             torch.randn(info["latent_shape"], generator=torch.Generator().manual_seed(seed))
             for seed in seeds[some:some + 64]]).to(device)
-        x = generate(model, text[1:], text[0], x, info["predict"], info["shift"], steps, guidance)
+        x = generate(model, text[1:], text[0], x, info, *how)
         images = codec.decode(x * std + mean).float().clamp(-1, 1)
         pictures.append(((images + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy())
     return np.concatenate(pictures)
 
-def score(model, codec, encode_text, info, steps=20, guidance=2.0):
+def score(model, codec, encode_text, info, *how):
     """The share of 512 fixed held-out scenes drawn as prompted, and that of the eighth of them
     ("composition") whose colour and shape were never trained together."""
     rng = np.random.default_rng(0)
     scenes = [random_scene(rng, "held-out" if n % 8 else "composition") for n in range(512)]
     prompts = [caption(scene) for scene in scenes]
-    pictures = draw(model, codec, encode_text, info, prompts, range(512), steps, guidance)
+    pictures = draw(model, codec, encode_text, info, prompts, range(512), *how)
     passed = [check(picture, scene) for picture, scene in zip(pictures, scenes)]
     return {"all": np.mean(passed), "composition": np.mean(passed[::8])}
 prompt_accuracy = score           # `sample` has a flag of that name
@@ -76,6 +84,7 @@ def sample(
     n: count = 1,                 # pictures for each prompt
     steps: count = 20,            # Euler steps; with more, velocity's clamp leaves a little noise
     guidance: weight = 2.0,       # guidance scale; 1 is none
+    guidance_mode: Literal["null", "self"] = "null",   # away from the empty caption, or from itself
     seed: natural = 0,            # of the first picture of each prompt, the next has seed + 1
     score: bool = False,          # report the prompt accuracy on 512 held-out scenes instead
 ):
@@ -87,16 +96,18 @@ def sample(
     info = read_json(folder / "nanoprx.json")
     if score and info.get("source") != "scenes":
         raise Refused(f"{run} was not trained on scenes; the prompt accuracy is for those")
+    if guidance_mode == "self" and not info.get("route"):
+        raise Refused(f"{run} was trained without --route; it cannot guide itself")
     device, bf16 = pick_device()
     painter = (PRX.from_pretrained(folder).to(device), load_codec(info["codec"], device),
                load_text_encoder(info["text"], device, info["tokens"]), info)
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         if score:
-            shares = prompt_accuracy(*painter, steps, guidance)
+            shares = prompt_accuracy(*painter, steps, guidance, guidance_mode)
             return print(*(f"{name:12}{part:7.1%}" for name, part in shares.items()), sep="\n")
         prompts = [prompt for prompt in prompts for _ in range(n)]
         seeds = [seed + number % n for number in range(len(prompts))]
-        pictures = draw(*painter, prompts, seeds, steps, guidance)
+        pictures = draw(*painter, prompts, seeds, steps, guidance, guidance_mode)
     if out.lower().endswith(".png"):
         files = {out: grid(pictures, prompts, n if 1 < n < 9 else min(len(prompts), 6))}
     else:

@@ -90,7 +90,8 @@ def test_flow_and_guidance():
     assert draws.min() >= 1e-3 and abs(draws.mean() - 0.5) < 0.005 and M.velocity(x, 0, 0, "v") is x
     torch.testing.assert_close(shifted, (3 * draws / (1 + 2 * draws)).where(draws > 1e-3, shifted))
     constant = lambda x, t, text: text.mean((1, 2))[:, None, None, None].expand_as(x)
-    latents = S.generate(constant, torch.full((3, 1, 1), 2.), torch.ones(1, 1), x, "v", 2.0, 5, 3.0)
+    how = {"predict": "v", "shift": 2.0}
+    latents = S.generate(constant, torch.full((3, 1, 1), 2.), torch.ones(1, 1), x, how, 5, 3.0)
     torch.testing.assert_close(latents, x - (1 + 3.0 * (2 - 1)))
 
 def test_safetensors(tmp_path):
@@ -252,8 +253,7 @@ def test_tar_shards_here_and_on_the_hub(tmp_path, monkeypatch):
 def test_cache_format_and_going_on_after_a_kill(trained, tmp_path):
     meta = json.loads((trained / "data/scenes/meta.json").read_text())
     shard = trained / "data/scenes/shard-00000"
-    names = "latents", "text", "offsets"
-    latents, text, offsets = (np.load(shard / f"{name}.npy") for name in names)
+    latents, text, offsets = (np.load(shard / f"{k}.npy") for k in "latents text offsets".split())
     assert meta["latent_shape"] == [3, 32, 32] and latents.shape == (600, 3, 32, 32)
     assert latents.dtype == np.uint8 and text.shape == (offsets[-1], 96) and len(offsets) == 601
     measured = latents.mean((0, 2, 3)) / 127.5 - 1, latents.std((0, 2, 3)) / 127.5
@@ -287,6 +287,7 @@ def test_sampling(trained, tmp_path):
                  for name in ("many/0004.png", "one/0000.png"))
     assert one.shape == (32, 32, 3) and abs(many - one).max() <= 2 and one.std() > 1
     assert "2 pictures" in run("sample.py", "a", "b", "--run", *how, cwd=tmp_path)
+    how = *how, "--guidance-mode", "self"
     assert "composition" in run("sample.py", "--score", "--run", *how, cwd=tmp_path)
 
 @pytest.mark.parametrize("how, processes", [

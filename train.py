@@ -181,9 +181,9 @@ def train(config):
         make_model(config, {"latent_shape": (3, 32, 32), "text_dim": 1, "codec": "pixels"})
         prepare()                             # but only when the sizes are known to fit
     cache = Cache(data, device)
-    meta = cache.meta
+    info = cache.meta | {"predict": config.predict, "shift": config.shift, "route": config.route}
     torch.manual_seed(config.seed)
-    network = make_model(config, meta).to(device)
+    network = make_model(config, info).to(device)
     if config.init:
         with refusing(f"--init {config.init} does not fit"):
             network.load_state_dict(PRX.from_pretrained(config.init).state_dict())
@@ -204,11 +204,10 @@ def train(config):
     model = torch.nn.parallel.DistributedDataParallel(network) if world > 1 else network
     autocast = torch.autocast(device.type, torch.bfloat16,
                               enabled=config.dtype == "bf16" or config.dtype == "auto" and bf16)
-    info = meta | {"predict": config.predict, "shift": config.shift}
-    encode_text = load_text_encoder(meta["text"], device, meta["tokens"])
-    cache.null = pad(encode_text([""]), meta["tokens"])[0].to(device)            # (L, D)
-    painter = ema.module, load_codec(meta["codec"], device), encode_text, info
-    first = next(shard for shard, pictures in meta["shards"].items() if pictures)
+    encode_text = load_text_encoder(info["text"], device, info["tokens"])
+    cache.null = pad(encode_text([""]), info["tokens"])[0].to(device)            # (L, D)
+    painter = ema.module, load_codec(info["codec"], device), encode_text, info
+    first = next(shard for shard, pictures in info["shards"].items() if pictures)
     prompts = (data / first / "captions.txt").read_text("utf-8").splitlines()[:12]
     stopped, parent = [], os.getppid()
     for name in (signal.SIGINT, signal.SIGTERM):
@@ -272,7 +271,7 @@ def train(config):
         with whole_file(out / "learning.gif") as file:
             first.save(file, "gif", save_all=True, append_images=others, duration=400, loop=0)
         print(f"{out} is finished: {step:,} steps in {seconds / 60:.1f} minutes")
-        if meta["source"] == "scenes":
+        if info["source"] == "scenes":
             shares = autocast(score)(*painter)
             print("prompt accuracy:", *(f"{name} {part:.1%}" for name, part in shares.items()))
         print(f"sample with: python sample.py --run {out} PROMPT")
