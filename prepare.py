@@ -111,8 +111,7 @@ def read_scene(picture):
         alpha = (picture - base) @ (colour - base) / np.square(colour - base).sum()
         alpha = alpha.clip(0, 1) * near[place]
         x, y = (alpha.sum(axis) @ centres / alpha.sum() for axis in (0, 1))
-        fits = [Thing(name, shape, place, x, y, (alpha.mean() / AREAS[shape]) ** 0.5)
-                for shape in SHAPES]
+        fits = [Thing(name, s, place, x, y, (alpha.mean() / AREAS[s]) ** 0.5) for s in SHAPES]
         things.append(min(fits, key=lambda thing: np.abs(alpha - coverage(thing, size)).sum()))
         rest &= ~near[place]
     scene = Scene(ground, things)
@@ -462,8 +461,7 @@ def refuse_differences(folder, old, new, free=()):
     differ = [f"{key} was {old.get(key)!r} and is now {new.get(key)!r}"
               for key in sorted({*old, *new} - {*free}) if old.get(key) != new.get(key)]
     if differ:
-        raise Refused(f"{folder} was made with other settings: {'; '.join(differ)}. Give those, "
-                      "choose another --out, or delete the folder")
+        raise Refused(f"{folder} has other settings: {'; '.join(differ)}; give those or a new --out")
 
 def write_npy_header(file, dtype, *shape):
     """Begin a .npy file, or correct its count of rows: NumPy leaves room in the header for any."""

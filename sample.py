@@ -111,8 +111,7 @@ def sample(
     if out.lower().endswith(".png"):
         files = {out: grid(pictures, prompts, n if 1 < n < 9 else min(len(prompts), 6))}
     else:
-        files = {f"{out}/{number:04d}.png": Image.fromarray(picture)
-                 for number, picture in enumerate(pictures)}
+        files = {f"{out}/{i:04d}.png": Image.fromarray(each) for i, each in enumerate(pictures)}
     for path, picture in files.items():
         with whole_file(path) as file:
             picture.save(file, "png")
