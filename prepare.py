@@ -461,7 +461,7 @@ def refuse_differences(folder, old, new, free=()):
     differ = [f"{key} was {old.get(key)!r} and is now {new.get(key)!r}"
               for key in sorted({*old, *new} - {*free}) if old.get(key) != new.get(key)]
     if differ:
-        raise Refused(f"{folder} has other settings: {'; '.join(differ)}; give those or a new --out")
+        raise Refused(f"{folder} has other settings: {'; '.join(differ)}; give those or new --out")
 
 def write_npy_header(file, dtype, *shape):
     """Begin a .npy file, or correct its count of rows: NumPy leaves room in the header for any."""
