@@ -404,7 +404,7 @@ def prepare(
     """Write a cache, or go on with one; under torchrun the processes share parts and limit. Raises
     Refused where nothing can be used, or where the cache was begun with other settings."""
     settings, scenes = {**locals(), "out": None}, source == "scenes"           # all flags but --out
-    out = Path(out or f"data/{Path(source).stem}")
+    out = Path(out or f"data/{Path(source.split(':')[0]).stem}")
     size, limit = size or (32 if scenes else 256), limit or (20_000 if scenes else 10 ** 9)
     settings.update(size=size, limit=limit, min_size=min_size or size // 2)
     if (out / "settings.json").exists():
