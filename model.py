@@ -50,9 +50,9 @@ class PRXConfig:
 def rope_table(rows, columns, axes_dim, theta, device):
     """Cosines and sines, each (rows * columns, 1, head_dim / 2), of the rotary embedding (arXiv
     2104.09864): axes_dim[0] dimensions turn with the row, the others with the column."""
-    grid = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    angles = torch.cat([place.flatten()[:, None] / theta ** (torch.arange(0, dim, 2).double() / dim)
-                        for place, dim in zip(grid, axes_dim)], dim=1)         # (L, head_dim / 2)
+    places = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))            # (L, 2)
+    rates = [1 / theta ** (torch.arange(0, dim, 2).double() / dim) for dim in axes_dim]
+    angles = torch.cat((places[:, :1] * rates[0], places[:, 1:] * rates[1]), dim=1)
     return [table.float()[:, None].to(device) for table in (angles.cos(), angles.sin())]
 
 def apply_rope(x, rope):
@@ -165,7 +165,7 @@ class PRX(nn.Module):
         sizes = {name: config[name] for name in PRXConfig.__annotations__ if name in config}
         with refusing(f"{folder} does not hold a PRX"):
             model = cls(PRXConfig(**sizes))
-            model.load_state_dict(read_safetensors(*folder.glob("diffusion*.safetensors")))
+            model.load_state_dict(read_safetensors(*sorted(folder.glob("diffusion*.safetensors"))))
         return model
     def save_pretrained(self, folder):
         """Write `config.json` and `diffusion_pytorch_model.safetensors` for diffusers and us."""

@@ -12,8 +12,8 @@ A caption is in the .txt, or the .json (`prompt`, `caption` or `text`), of its p
                             offsets.npy  (N + 1), offsets[i] to offsets[i + 1]
                             captions.txt a line each
 """
-import argparse, contextlib, fnmatch, functools, hashlib, inspect, io, itertools, json, math, os, re
-import shutil, tarfile, unicodedata
+import argparse, contextlib, datetime, fnmatch, functools, hashlib, inspect, io, itertools, json
+import math, os, re, shutil, tarfile, unicodedata
 from collections import Counter, namedtuple
 from functools import partial
 from pathlib import Path
@@ -178,7 +178,7 @@ def list_scenes(first, size, short):
     return [("", caption(scene, short).split("\n" if n % 3 else " on a ")[0],
              lambda scene=scene: Image.fromarray(render(scene, size))) for n, scene in scenes]
 
-def list_parts(source, size=32, short=False, scratch="data/downloads"):
+def list_parts(source, size=32, short=False, out="data/downloads"):
     """The parts of "scenes", a folder of pictures, a tar, a folder of tars or a Hub dataset of tars
     (user/name or user/name:pattern): functions that give items, downloaded then. Raises Refused."""
     if source == "scenes":
@@ -191,9 +191,10 @@ def list_parts(source, size=32, short=False, scratch="data/downloads"):
     dataset, _, pattern = source.partition(":")
     if not path.is_dir() and re.fullmatch(r"[\w.-]+/[\w.-]+", dataset):
         files = ask_hub("list_repo_files", dataset, repo_type="dataset")
-        return [lambda file=file: list_items(Path(ask_hub(
-            "hf_hub_download", dataset, file, repo_type="dataset", local_dir=scratch)))
-                for file in fnmatch.filter(sorted(files), pattern or "*.tar")]
+        if tars := fnmatch.filter(sorted(files), pattern or "*.tar"):
+            return [lambda n=n, tar=tar: list_items(Path(ask_hub(
+                "hf_hub_download", dataset, tar, repo_type="dataset",
+                local_dir=f"{out}/shard-{n:05d}.download"))) for n, tar in enumerate(tars)]
     raise Refused(f"{source} is neither a tar, a folder with pictures or tars, nor such on the Hub")
 
 def load_squares(items, size, min_size, min_words, max_aspect, **others):
@@ -226,9 +227,9 @@ def read_source(source):
 # ---------------------------------------------------------------------------- the frozen encoders
 def load_frozen(kind, name, device, *how):
     """A network of a kind that is not trained here, from a folder or the Hub. Raises Refused."""
-    folder = fetch(name, "*.json", "*.safetensors")
+    folder = fetch(name, "config.json", "tokenizer.json", "[md]*.safetensors", "taef2*")
     with refusing(f"{folder} does not hold a {kind.__name__}"):
-        weights = read_safetensors(*folder.glob("*.safetensors")).items()
+        weights = read_safetensors(*sorted(folder.glob("*.safetensors"))).items()
         return kind({name: weight.float().to(device) for name, weight in weights
                      if name.startswith(kind.parts)}, folder, *how)
 
@@ -374,18 +375,19 @@ def run_script(settings, description, run=lambda done: done, **nargs):
     flags = inspect.signature(settings).parameters
     for name, flag in flags.items():
         kind, *others = get_args(flag.annotation) or [flag.annotation]
-        how = dict(choices=[kind, *others]) if isinstance(kind, str) else dict(type=kind)
-        how = dict(action="store_true") if kind is bool else how | dict(nargs=nargs.get(name))
+        how = dict(action="store_true") if kind is bool else dict(type=kind, nargs=nargs.get(name))
+        how = dict(choices=[kind, *others]) if isinstance(kind, str) else how        # of a Literal
         parser.add_argument(name if name in nargs else "--" + name.replace("_", "-"), **how,
                             default=flag.default, help=f"{comments[name]} (default: %(default)r)")
     for name, value in (values := vars(parser.parse_args())).items():
         kind, *limits = get_args(flags[name].annotation) or [str]
         if kind in (int, float) and not limits[0] <= value <= limits[1]:         # of an Annotated
-            parser.error(f"argument --{name}: {value} is not from {limits[0]:g} to {limits[1]:g}")
+            name, (low, high) = name.replace("_", "-"), limits
+            parser.error(f"argument --{name}: {value} is not from {low:g} to {high:g}")
     try:
         run(settings(**values))
     except (Refused, OSError, MemoryError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
-        sentence = (str(error) or repr(error)).splitlines()[-1]          # of a worker's traceback
+        sentence = (str(error) or f"stopped: {error!r}; the same command goes on").splitlines()[-1]
         parser.exit(2 if isinstance(error, Refused) else 1, f"{parser.prog}: {sentence}\n")
 # -------------------------------------------------------------------------------------- the cache
 def prepare(
@@ -413,11 +415,10 @@ def prepare(
         return print(f"{out} is complete")
     device, bf16 = pick_device()
     codec, encode_text = load_codec(codec, device), load_text_encoder(text, device, max_tokens)
-    if captions == "short" and not scenes:
-        raise Refused("--captions short is for scenes; other pictures have what they have")
+    if size % codec.factor:
+        raise Refused(f"--size {size} is not a multiple of the codec's {codec.factor} pixels")
     rank, world = int(os.getenv("RANK", 0)), int(os.getenv("WORLD_SIZE", 1))
-    scratch, known = out / f"download-{rank}", set()        # digests of pictures already in
-    parts = list_parts(source, size, captions == "short", scratch)
+    parts, known = list_parts(source, size, captions == "short", out), set()      # known: digests
     if rank == 0:
         write_json(out / "settings.json", settings)
     left = limit // world + (rank < limit % world)
@@ -427,13 +428,13 @@ def prepare(
         if not folder.exists():
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 write_shard(folder, part()[:left], settings, codec, encode_text, known, bar)
-            shutil.rmtree(scratch, ignore_errors=True)
+            shutil.rmtree(folder.with_suffix(".download"), ignore_errors=True)
         left -= read_json(folder / "shard.json")["seen"]
         if left <= 0:
             break
     bar.close()
     if world > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("gloo")
+        torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=30))
     wait = torch.distributed.barrier if world > 1 else lambda: None
     wait()                                    # for all shards
     if rank == 0:
@@ -443,7 +444,7 @@ def prepare(
             print(f"{n:,} x {reason}")
         total, looked_at = (sum(shard[key] for shard in shards) for key in ("count", "seen"))
         if not total:
-            raise Refused(f"no picture in {source} is usable; fix it, delete {out}/shard*")
+            raise Refused(f"nothing usable in {source}; delete settings.json and shard* in {out}")
         mean, squares = sum(np.array(shard["sums"]) for shard in shards) / total
         lengths = np.concatenate([np.diff(np.load(each / "offsets.npy")) for each in folders])
         counts = {folder.name: shard["count"] for folder, shard in zip(folders, shards)}
@@ -490,7 +491,7 @@ def write_shard(folder, items, settings, codec, encode_text, known, bar):
                 if report[reason] <= 3:
                     bar.write(f"left out {name}: {reason}")
             digests = [hashlib.sha1(picture).digest() for picture in pictures.numpy()]
-            fresh = [n for key, n in dict(zip(digests, range(64))).items() if key not in known]
+            fresh = [n for n, d in enumerate(digests) if d not in known and d not in digests[:n]]
             report["exact duplicate"] += len(captions) - len(fresh)
             captions, pictures = [captions[n] for n in fresh], pictures[fresh]
             known.update(digests)
