@@ -412,7 +412,7 @@ def prepare(
     if (out / "settings.json").exists():
         refuse_differences(out, read_json(out / "settings.json"), settings)
     if (out / "meta.json").exists():
-        return print(f"{out} is complete")
+        return print(f"{out} is complete; for other pictures give a new --out")
     device, bf16 = pick_device()
     codec, encode_text = load_codec(codec, device), load_text_encoder(text, device, max_tokens)
     if size % codec.factor:

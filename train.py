@@ -130,8 +130,8 @@ def make_optimizers(network, config):
 FREE = ("out", "save_every", "sample_every", "micro_batch", "compile")   # may change on resuming
 def train_step(model, optimizers, cache, config, step, rank, autocast, latents, text):
     """One step of all optimizers on this process's latents (B, C, H, W) and text (B, L, D), as they
-    are stored. Chance depends on seed and step alone, for any number of processes or resumes.
-    Returns the loss, a mean squared error of velocities, and its gradient's norm, unclipped."""
+    are stored. Chance is drawn for all of the batch, by seed and step alone; a process takes its
+    rows. Returns the loss, the mean squared error of velocities, and the norm before clipping."""
     device, mine = cache.null.device, slice(rank, None, config.batch_size // len(latents))
     generator = torch.Generator(device).manual_seed(config.seed * 2 ** 32 + step)
     shape = config.batch_size, *latents.shape[1:]
