@@ -115,7 +115,7 @@ def sample(
     for path, picture in files.items():
         with whole_file(path) as file:
             picture.save(file, "png")
-    print(f"{out} has {len(pictures)} pictures")
+    print(f"{out}: {len(pictures)} drawn")
 
 if __name__ == "__main__":
     run_script(sample, __doc__, prompts="*")

@@ -287,7 +287,7 @@ def test_sampling(trained, tmp_path):
     many, one = (np.asarray(Image.open(tmp_path / name)).astype(int)
                  for name in ("many/0004.png", "one/0000.png"))
     assert one.shape == (32, 32, 3) and abs(many - one).max() <= 2 and one.std() > 1
-    assert "2 pictures" in run("sample.py", "a", "b", "--run", *how, cwd=tmp_path)
+    assert "2 drawn" in run("sample.py", "a", "b", "--run", *how, cwd=tmp_path)
     how = *how, "--guidance-mode", "self"
     assert "composition" in run("sample.py", "--score", "--run", *how, cwd=tmp_path)
 
