@@ -7,11 +7,7 @@
 """
 import contextlib, dataclasses, functools, json, math, os
 from pathlib import Path
-
-import numpy as np
-import torch
-import torch.nn as nn
-import torch.nn.functional as F
+import numpy as np, torch, torch.nn as nn, torch.nn.functional as F
 
 class Refused(ValueError):
     """Input that cannot be used; the text is the sentence that the user reads."""
@@ -43,8 +39,7 @@ class PRXConfig:
     def __post_init__(self):
         self.axes_dim = axes = tuple(self.axes_dim or (32, 32))
         if any(dim % 2 for dim in axes) or sum(axes) * self.num_heads != self.hidden_size:
-            raise Refused(f"the width {self.hidden_size} is not a multiple of 4 x {self.num_heads} "
-                          f"heads, or not what axes_dim {axes} make together")
+            raise Refused(f"width {self.hidden_size} is not {self.num_heads} heads of even {axes}")
 
 @functools.lru_cache(maxsize=8)
 def rope_table(rows, columns, axes_dim, theta, device):
@@ -64,44 +59,39 @@ def modulate(x, shift, scale):
     """LayerNorm of x (B, L, D), times 1 + scale, plus shift (B, 1, D), which the timestep gives."""
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
 
-class Attention(nn.Module):
-    """Image queries over text and image keys, normed and turned in float32, (B, L, D) each."""
-    def __init__(self, config):
-        super().__init__()
-        width, self.heads = config.hidden_size, config.num_heads
-        self.img_qkv_proj = nn.Linear(width, 3 * width, bias=False)
-        self.txt_kv_proj = nn.Linear(width, 2 * width, bias=False)
-        self.norm_q, self.norm_k, self.norm_added_k = (
-            nn.RMSNorm(width // self.heads, eps=1e-6) for _ in range(3))
-        self.to_out = nn.ModuleList([nn.Linear(width, width, bias=False)])
-    def forward(self, img, txt, rope, mask):
-        if mask is not None:                                  # text keys, then image keys
-            mask = F.pad(mask.bool(), (0, img.shape[1]), value=True)[:, None, None]
-        q, k, v = self.img_qkv_proj(img).float().unflatten(-1, (3, self.heads, -1)).unbind(2)
-        txt_k, txt_v = self.txt_kv_proj(txt).float().unflatten(-1, (2, self.heads, -1)).unbind(2)
-        q, k = apply_rope(self.norm_q(q), rope), apply_rope(self.norm_k(k), rope)
-        k, v = torch.cat((self.norm_added_k(txt_k), k), dim=1), torch.cat((txt_v, v), dim=1)
-        q, k, v = (part.transpose(1, 2) for part in (q, k, v))           # (B, heads, L, head_dim)
-        with torch.autocast("cpu", enabled=False):     # the CPU's flash kernel is slower in bf16
-            out = F.scaled_dot_product_attention(q, k, v, mask)
-        return self.to_out[0](out.transpose(1, 2).flatten(2))
-
 class Block(nn.Module):
     """Attention and a gated MLP over the image tokens (B, L, D). A shift, scale and gate for each
     come from the timestep's vector (B, D) (DiT's adaLN-zero, arXiv 2212.09748)."""
     def __init__(self, config):
         super().__init__()
         width, inner = config.hidden_size, int(config.hidden_size * config.mlp_ratio)
-        self.attention = Attention(config)
-        self.gate_proj = nn.Linear(width, inner, bias=False)
-        self.up_proj = nn.Linear(width, inner, bias=False)
-        self.down_proj = nn.Linear(inner, width, bias=False)
+        linear, self.heads = functools.partial(nn.Linear, bias=False), config.num_heads
+        norm = functools.partial(nn.RMSNorm, width // self.heads, eps=1e-6)
+        self.attention = nn.ModuleDict({
+            "img_qkv_proj": linear(width, 3 * width), "txt_kv_proj": linear(width, 2 * width),
+            "norm_q": norm(), "norm_k": norm(), "norm_added_k": norm(),
+            "to_out": nn.ModuleList([linear(width, width)])})
+        self.gate_proj, self.up_proj = linear(width, inner), linear(width, inner)
+        self.down_proj = linear(inner, width)
         self.modulation = nn.ModuleDict({"lin": nn.Linear(width, 6 * width)})
+    def attend(self, img, txt, rope, mask):
+        """Image queries over text and image keys, which are normed and turned in float32."""
+        layers = self.attention
+        if mask is not None:                                  # text keys, then image keys
+            mask = F.pad(mask.bool(), (0, img.shape[1]), value=True)[:, None, None]
+        qkv, txt_kv = layers["img_qkv_proj"](img).float(), layers["txt_kv_proj"](txt).float()
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(2)         # (B, L, heads, head_dim)
+        txt_k, txt_v = txt_kv.unflatten(-1, (2, self.heads, -1)).unbind(2)
+        q, k = apply_rope(layers["norm_q"](q), rope), apply_rope(layers["norm_k"](k), rope)
+        k, v = torch.cat((layers["norm_added_k"](txt_k), k), dim=1), torch.cat((txt_v, v), dim=1)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))           # (B, heads, L, head_dim)
+        with torch.autocast("cpu", enabled=False):     # the CPU's flash kernel is slower in bf16
+            out = F.scaled_dot_product_attention(q, k, v, mask)
+        return layers["to_out"][0](out.transpose(1, 2).flatten(2))
     def forward(self, img, txt, vec, rope, mask):
         modulation = self.modulation["lin"](F.silu(vec))[:, None]
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation.chunk(6, dim=-1)
-        x = self.attention(modulate(img, shift, scale), txt, rope, mask)
-        img = torch.addcmul(img, gate, x)
+        img = torch.addcmul(img, gate, self.attend(modulate(img, shift, scale), txt, rope, mask))
         x = modulate(img, mlp_shift, mlp_scale)
         x = self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
         return torch.addcmul(img, mlp_gate, x)
@@ -117,6 +107,7 @@ class PRX(nn.Module):
         self.time_in = nn.ModuleDict({"in_layer": nn.Linear(256, width),
                                       "out_layer": nn.Linear(width, width)})
         self.txt_in = nn.Linear(config.context_in_dim, width)
+        self.projector = None                       # of REPA (2410.06940), while it is trained
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.final_layer = nn.ModuleDict({
             "adaLN_modulation": nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width)),
@@ -126,9 +117,10 @@ class PRX(nn.Module):
                 nn.init.zeros_(parameter)
     def forward(self, x, t, text, mask=None, stay=None):
         """x (B, C, H, W) noisy latents, t (B,) in [0, 1], 1 being noise, and text (B, L, D) to
-        clean latents or velocity (B, C, H, W). Rows of zeros in text are padding; they become the
-        bias of `txt_in`, a token that the model learns to ignore, so that attention can take the
-        flash kernel. mask (B, L), False at padding, is for models trained with one.
+        clean latents or velocity (B, C, H, W), with a projector also to what it makes of the middle
+        tokens. Rows of zeros in text are padding; they become the bias of `txt_in`, a token that
+        the model learns to ignore, so that attention can take the flash kernel. mask (B, L), False
+        at padding, is for models trained with one.
         stay (B, S) numbers the image tokens that do not skip the middle blocks (TREAD, 2501.04765;
         PRX: FID 18.20 to 21.61 at 256 px; it helps at 1024 px, 14.10). With stay = [[4, 1]]:
             0 1 2 3 4 5 -> first blocks -> 0   2 3   5 --------------------> 0 1 2 3 4 5 -> last one
@@ -143,24 +135,26 @@ class PRX(nn.Module):
         angles = (t.float() * self.config.time_factor)[:, None] * rates.exp()         # 1706.03762
         vec = torch.cat((angles.cos(), angles.sin()), dim=-1)                           # (B, 256)
         vec = self.time_in["out_layer"](F.silu(self.time_in["in_layer"](vec)))
-        routed = stay is not None and stay.shape[1] < img.shape[1]
+        routed, middle = stay is not None and stay.shape[1] < img.shape[1], None
         first, last = min(2, len(self.blocks) // 3), max(0, len(self.blocks) - 2)  # routed blocks
         for number, block in enumerate(self.blocks):
             if routed and number == first:
                 rows, all_img, all_rope = stay[..., None].expand(-1, -1, img.shape[2]), img, rope
                 img, rope = img.gather(1, rows), [table[stay] for table in rope]
             img = block(img, txt, vec, rope, mask)
+            if self.projector and number == max(0, len(self.blocks) // 2 - 1):
+                middle = self.projector(img)                                    # (B, L or S, dim)
             if routed and number == last:
                 img, rope = all_img.scatter(1, rows, img), all_rope
         shift, scale = self.final_layer["adaLN_modulation"](vec)[:, None].chunk(2, dim=-1)
         x = self.final_layer["linear"](modulate(img, shift, scale)).mT          # (B, C p p, h w)
-        return F.pixel_shuffle(x.unflatten(2, grid), self.config.patch_size)    # (B, C, H, W)
+        x = F.pixel_shuffle(x.unflatten(2, grid), self.config.patch_size)       # (B, C, H, W)
+        return x if middle is None else (x, middle)
     @classmethod
     def from_pretrained(cls, source):
         """The model in a folder or Hub repository in diffusers' layout, in a run's `ema/` or in a
         pipeline's `transformer/`. Raises Refused where something is missing or does not fit."""
         folder = fetch(source, "*config.json", "*diffusion_pytorch_model*.safetensors")
-        folder = next(filter(Path.is_dir, (folder / "ema", folder / "transformer")), folder)
         config = read_json(folder / "config.json")
         sizes = {name: config[name] for name in PRXConfig.__annotations__ if name in config}
         with refusing(f"{folder} does not hold a PRX"):
@@ -173,8 +167,7 @@ class PRX(nn.Module):
         write_json(f"{folder}/config.json",
                    {"_class_name": "PRXTransformer2DModel", **dataclasses.asdict(self.config)})
 # ------------------------------------------------------------------------------------ the flow
-# The path from a clean picture to noise is the line x_t = (1 - t) x + t noise; the model learns
-# its velocity, noise - x (rectified flow, arXiv 2209.03003).
+# x_t = (1 - t) x + t noise leads from a picture x to noise; its velocity is noise - x (2209.03003)
 def shift_time(t, shift):
     """Move timesteps in [0, 1] towards the noise, as large pictures need it (SD3, 2403.03206)."""
     return shift * t / (1 + (shift - 1) * t)
@@ -192,16 +185,20 @@ def velocity(output, x_t, t, predict, t_floor=0.05):
     "x" derived from the clean picture (JiT, 2511.13720), t clamped near 0 as JiT and PRX do."""
     return output if predict == "v" else (x_t - output) / t.clamp(min=t_floor)[:, None, None, None]
 # ----------------------------------------------------------------------------- device and files
-def pick_device():
-    """The device, CUDA before Apple's MPS before the CPU, and whether it computes well in bf16."""
+def pick_device(dtype="auto"):
+    """The device, CUDA before Apple's MPS before the CPU, and its autocast to bf16, which is off if
+    dtype is "fp32", or "auto" where the device does not compute well in bf16."""
     if torch.cuda.is_available():
-        torch.cuda.set_device(rank := int(os.getenv("LOCAL_RANK", 0)))               # of torchrun
-        return torch.device("cuda", rank), torch.cuda.is_bf16_supported(including_emulation=False)
-    if torch.backends.mps.is_available():
-        return torch.device("mps"), False
-    has = torch.cpu.get_capabilities().get        # Intel's, without AMX, are a quarter slower so
-    bf16 = has("amx_bf16") or has("avx512_bf16") and "Intel" not in str(has("cpu_name"))
-    return torch.device("cpu"), bool(bf16)
+        device = torch.device("cuda", int(os.getenv("LOCAL_RANK", 0)))               # of torchrun
+        torch.cuda.set_device(device)
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif torch.backends.mps.is_available():
+        device, bf16 = torch.device("mps"), False
+    else:
+        device, has = torch.device("cpu"), torch.cpu.get_capabilities().get
+        bf16 = has("amx_bf16") or has("avx512_bf16") and "Intel" not in str(has("cpu_name"))
+    bf16 = bool(bf16) if dtype == "auto" else dtype == "bf16"   # Intel's without AMX are slow at it
+    return device, torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 @contextlib.contextmanager
 def whole_file(path):
@@ -228,11 +225,11 @@ def read_json(path):
         return dict(json.loads(Path(path).read_bytes()).items())
 
 def fetch(source, *patterns):
-    """`source` if it is a folder, else the folder into which the files of that Hub repository that
-    match the patterns were downloaded. Raises Refused where there is neither."""
-    if Path(source).is_dir():
-        return Path(source)
-    return Path(ask_hub("snapshot_download", str(source), allow_patterns=patterns))
+    """The folder `source`, or that into which the files of a Hub repository that match the patterns
+    were downloaded; in it `ema/` or `transformer/`, if it has one. Raises Refused."""
+    folder = Path(source) if Path(source).is_dir() else Path(
+        ask_hub("snapshot_download", str(source), allow_patterns=patterns))
+    return next(filter(Path.is_dir, (folder / "ema", folder / "transformer")), folder)
 
 def ask_hub(function, repository, *files, **how):
     """What a function of huggingface_hub gives for a repository there. Raises Refused."""
@@ -265,12 +262,11 @@ def read_safetensors(*paths):
 def write_safetensors(path, tensors):
     """Write tensors by name as a safetensors file, whole or not at all."""
     names = {dtype: name for name, dtype in DTYPES.items()}
-    header, position = {"__metadata__": {"format": "pt"}}, 0
-    for name, tensor in tensors.items():
-        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape),
-                        "data_offsets": [position, position + tensor.nbytes]}
-        position += tensor.nbytes
-    text = json.dumps(header).encode()
+    ends = np.cumsum([tensor.nbytes for tensor in tensors.values()]).tolist()
+    header = {name: {"dtype": names[tensor.dtype], "shape": list(tensor.shape),
+                     "data_offsets": [end - tensor.nbytes, end]}
+              for (name, tensor), end in zip(tensors.items(), ends)}
+    text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
     text += b" " * (-len(text) % 8)
     with whole_file(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)

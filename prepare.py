@@ -10,27 +10,21 @@ A caption is in the .txt, or the .json (`prompt`, `caption` or `text`), of its p
                 shard-00000/latents.npy  (N, C, H, W); a shard is whole, or has another name
                             text.npy     (sum of all L, D), that of caption i in the rows from
                             offsets.npy  (N + 1), offsets[i] to offsets[i + 1]
-                            captions.txt a line each
+                            captions.txt a line each; teacher.npy (N, D, h, w), if asked for
 """
-import argparse, contextlib, datetime, fnmatch, functools, hashlib, inspect, io, itertools, json
+import argparse, contextlib, datetime, fnmatch, hashlib, inspect, io, itertools, json
 import math, os, re, shutil, tarfile, unicodedata
 from collections import Counter, namedtuple
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Annotated, Literal, get_args
-
-import numpy as np
-import torch
-import torch.nn.functional as F
+import numpy as np, torch, torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader
 from tqdm import tqdm
-
 from model import (Refused, ask_hub, fetch, pick_device, read_json, read_safetensors, refusing,
                    write_json)
 # --------------------------------------------------------------------- the built-in world: scenes
-# Since the scene behind a prompt is known, a picture can be checked for it (GenEval, 2310.11513).
 COLOURS = {"red": (225, 35, 40), "green": (40, 165, 70), "blue": (40, 85, 225),
            "yellow": (250, 215, 45), "purple": (165, 50, 190), "cyan": (60, 205, 225),
            "white": (245, 245, 245), "black": (20, 20, 25)}
@@ -91,37 +85,22 @@ def render(scene, size):
         picture += coverage(thing, size)[..., None] * (COLOURS[thing.colour] - picture)
     return picture.round().astype(np.uint8)
 
-def read_scene(picture):
-    """Read the scene back from a picture (size, size, 3) uint8, knowing nothing of the prompt.
-    Returns it, and whether drawing it gives that picture again, but for 1% of the pixels."""
-    def colour_of(pixels):
-        median = np.median(pixels.reshape(-1, 3), axis=0)
-        return min(COLOURS, key=lambda name: np.linalg.norm(median - COLOURS[name])), median
-    picture, size, things = picture.astype(np.float32), len(picture), []
-    centres = (np.arange(size) + 0.5) / size
-    near = {place: np.hypot(centres - 0.5 - STEP * dx, centres[:, None] - 0.5 - STEP * dy) < STEP
-            for place, (dx, dy) in PLACES.items()}
-    ground, base = colour_of(np.stack((picture[0], picture[-1], picture[:, 0], picture[:, -1])))
-    rest = np.linalg.norm(picture - base, axis=-1) > 70              # pixels that are not ground
-    while len(things) < 3:
-        place = max(near, key=lambda place: (rest & near[place]).sum())
-        if (rest & near[place]).mean() < 0.015:
-            break
-        name, colour = colour_of(picture[rest & near[place]])
-        alpha = (picture - base) @ (colour - base) / np.square(colour - base).sum()
-        alpha = alpha.clip(0, 1) * near[place]
-        x, y = (alpha.sum(axis) @ centres / alpha.sum() for axis in (0, 1))
-        fits = [Thing(name, s, place, x, y, (alpha.mean() / AREAS[s]) ** 0.5) for s in SHAPES]
-        things.append(min(fits, key=lambda thing: np.abs(alpha - coverage(thing, size)).sum()))
-        rest &= ~near[place]
-    scene = Scene(ground, things)
-    return scene, (np.linalg.norm(picture - render(scene, size), axis=-1) > 110).mean() < 0.01
-
 def check(picture, scene):
-    """Whether a picture (size, size, 3) uint8 shows a scene: all of it, and nothing else."""
-    seen, clean = read_scene(picture)
-    wanted, things = ({thing[:3] for thing in each.things} for each in (scene, seen))
-    return bool(clean) and seen.ground == scene.ground and things == wanted
+    """Whether a picture (size, size, 3) uint8 shows a scene, as GenEval asks (2310.11513): in each
+    place the right shape fits best, and these fits, drawn, are the picture but for 1% of pixels."""
+    size, ground, fits = len(picture), np.array(COLOURS[scene.ground]), []
+    centres = (np.arange(size) + 0.5) / size
+    for thing in scene.things:
+        middle, colour = 0.5 + STEP * np.array(PLACES[thing.place]), COLOURS[thing.colour] - ground
+        near = np.hypot(centres - middle[0], centres[:, None] - middle[1]) < STEP
+        alpha = ((picture - ground) @ colour / (colour @ colour)).clip(0, 1) * near    # coverage
+        x, y = ((alpha.sum(n) @ centres + middle[n]) / (alpha.sum() + 1) for n in (0, 1))
+        tries = [thing._replace(shape=s, x=x, y=y, radius=max(0.13, (alpha.mean() / area) ** 0.5))
+                 for s, area in AREAS.items()]                    # 0.13: a mere trace is no thing
+        fits.append(min(tries, key=lambda fit: np.abs(alpha - coverage(fit, size)).sum()))
+    error = picture - render(Scene(scene.ground, fits), size).astype(float)
+    clean = (np.linalg.norm(error, axis=-1) > 110).mean() < 0.01
+    return bool(clean) and [fit[:3] for fit in fits] == [thing[:3] for thing in scene.things]
 # --------------------------------------------------------- where pictures and captions come from
 # A source has parts, each of which makes a shard. A part is a list of items (name, caption, load);
 # load() gives the picture, PIL in RGB, or raises Refused with the reason why not.
@@ -164,12 +143,10 @@ def list_items(source):
         if ENDINGS.get(Path(name.lower()).suffix) in FORMATS:
             pictures.append((stem, name, partial(load_picture, read)))
         elif name.endswith((".txt", ".json")):
-            try:
+            with contextlib.suppress(Exception):           # json raises whatever it comes upon
                 text = read().tobytes().decode("utf-8-sig")
                 found = json.loads(text) if name.endswith(".json") else {"text": text}
                 captions[stem] = found.get("prompt") or found.get("caption") or found["text"]
-            except Exception as error:             # json raises whatever it comes upon
-                print(f"{name!r} holds no caption: {error!r}")
     return [(name, str(captions.get(stem, "")), load) for stem, name, load in pictures]
 
 def list_scenes(first, size, short):
@@ -198,8 +175,7 @@ def list_parts(source, size=32, short=False, out="data/downloads"):
     raise Refused(f"{source} is neither a tar, a folder with pictures or tars, nor such on the Hub")
 
 def load_squares(items, size, min_size, min_words, max_aspect, **others):
-    """A batch of items as captions, pictures (B, size, size, 3) uint8, and what is left out of it
-    as (name, reason). Runs in a DataLoader's workers."""
+    """A batch of items as captions, pictures (B, size, size, 3) uint8, and the names left out."""
     captions, pictures, left_out = [], [], []
     for name, text, load in items:
         try:
@@ -225,19 +201,19 @@ def read_source(source):
             with contextlib.suppress(Refused):
                 yield load(), text
 # ---------------------------------------------------------------------------- the frozen encoders
-def load_frozen(kind, name, device, *how):
+def load_frozen(kind, name, device="cpu", *how):
     """A network of a kind that is not trained here, from a folder or the Hub. Raises Refused."""
     folder = fetch(name, "config.json", "tokenizer.json", "[md]*.safetensors", "taef2*")
     with refusing(f"{folder} does not hold a {kind.__name__}"):
         weights = read_safetensors(*sorted(folder.glob("*.safetensors"))).items()
         return kind({name: weight.float().to(device) for name, weight in weights
-                     if name.startswith(kind.parts)}, folder, *how)
+                     if not name.startswith("decoder.block")}, folder, *how)          # T5's decoder
 
 class TinyAutoencoder:
     """TAESD and its kin (github.com/madebyollin/taesd): convolutions and ReLU blocks, 64 wide, that
     make 8 x 8 pixels one latent, in float16 in the cache. The weights are named as in diffusers'
     AutoencoderTiny. Layers: c a convolution, d one that halves, u doubling, r ReLU, b a block."""
-    parts, factor, dtype = ("encoder.", "decoder."), 8, "float16"
+    factor, dtype = 8, "float16"
     def __init__(self, weights, folder):
         self.weights, self.channels = weights, len(weights["encoder.layers.14.bias"])
         self.decode(self.encode(torch.zeros(1, 3, 8, 8)))                       # is all there?
@@ -299,7 +275,6 @@ class Words:
 class T5:
     """The encoder of a T5 v1.1 (arXiv 1910.10683 and 2002.05202) such as flan-t5: captions to the
     embeddings (L_i, dim) of their pieces and of the end, which stays when a caption is cut."""
-    parts = "shared.", "encoder."
     def __init__(self, weights, folder, max_tokens):
         config, pieces = read_json(folder / "config.json"), read_json(folder / "tokenizer.json")
         self.dim, self.heads, self.depth = map(config.get, ("d_model", "num_heads", "num_layers"))
@@ -313,7 +288,7 @@ class T5:
         text = re.sub("[\u1680\u200b-\u200f\u2581\ufeff\ufffd]", " ", text)
         text = "～".join(unicodedata.normalize("NFKC", part) for part in text.split("～"))
         return [number for word in text.split() for number in self.split("▁" + word)] + [1]
-    @functools.lru_cache(2 ** 17)
+    @lru_cache(2 ** 17)
     def split(self, word):
         """The most probable pieces that make a word: Viterbi's algorithm (arXiv 1804.10959)."""
         best = [(0.0, [])]           # score and pieces of the best way to each of the last letters
@@ -356,6 +331,42 @@ def load_text_encoder(name, device="cpu", max_tokens=64):
     list of captions a list of (L_i, dim) embeddings, L_i <= max_tokens. Raises Refused."""
     return Words(max_tokens) if name == "words" else load_frozen(T5, name, device, max_tokens)
 
+class DINOv2:
+    """The vision transformer that REPA and P-DINO look through (arXiv 2304.07193): images (B, 3, H,
+    W) in [-1, 1], H and W multiples of its patch size, to features (B, n, dim) of the patches."""
+    def __init__(self, weights, folder, side=16):
+        config, self.weights = read_json(folder / "config.json"), weights
+        self.heads, self.depth = config["num_attention_heads"], config["num_hidden_layers"]
+        dim, _, _, self.patch = weights["embeddings.patch_embeddings.projection.weight"].shape
+        self.shape = dim, side, side
+        self.on_grid(torch.zeros(1, 3, 8, 8))                                   # is all there?
+    def __call__(self, images):
+        both = lambda name: [self.weights[f"{name}.{kind}"] for kind in ("weight", "bias")]
+        norm = lambda x, name: F.layer_norm(x, x.shape[-1:], *both(name), 1e-6)
+        w, places = self.weights, self.weights["embeddings.position_embeddings"]  # (1, 1 + n, D)
+        first, table = w["embeddings.cls_token"] + places[:, :1], places[:, 1:].mT
+        mean, std = places.new_tensor([[.485, .456, .406], [.229, .224, .225]])[..., None, None]
+        x = (images.to(places.device) / 2 + 0.5 - mean) / std                    # as of ImageNet
+        x = F.conv2d(x, *both("embeddings.patch_embeddings.projection"), self.patch)
+        table = table.unflatten(2, 2 * [math.isqrt(table.shape[2])])
+        x = (x + F.interpolate(table, x.shape[2:], mode="bicubic")).flatten(2).mT     # (B, n, D)
+        x = torch.cat((first.expand(len(x), -1, -1), x), dim=1)
+        for layer in (f"encoder.layer.{number}" for number in range(self.depth)):
+            y, name = norm(x, f"{layer}.norm1"), f"{layer}.attention"
+            q, k, v = (F.linear(y, *both(f"{name}.attention.{part}")).unflatten(
+                -1, (self.heads, -1)).transpose(1, 2) for part in ("query", "key", "value"))
+            y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+            x = x + w[f"{layer}.layer_scale1.lambda1"] * F.linear(y, *both(f"{name}.output.dense"))
+            y = F.gelu(F.linear(norm(x, f"{layer}.norm2"), *both(f"{layer}.mlp.fc1")))
+            x = x + w[f"{layer}.layer_scale2.lambda1"] * F.linear(y, *both(f"{layer}.mlp.fc2"))
+        return norm(x, "layernorm")[:, 1:]                                     # without the class
+    def on_grid(self, images):
+        """Features (B, dim, side, side) of square images, of 16 x 16 patches or more, averaged."""
+        patches = max(16, self.shape[1])
+        images = F.interpolate(images, 2 * [patches * self.patch], mode="bicubic", antialias=True)
+        return F.adaptive_avg_pool2d(self(images).mT.unflatten(2, 2 * [patches]), self.shape[1:])
+load_teacher = partial(load_frozen, DINOv2)         # called with a name and a device
+
 def pad(embeddings, tokens):
     """A list of (L_i, D) embeddings as one (B, tokens, D), cut or filled up with rows of zeros."""
     filler = embeddings[0].new_zeros(tokens, embeddings[0].shape[1])        # which sets the length
@@ -382,8 +393,7 @@ def run_script(settings, description, run=lambda done: done, **nargs):
     for name, value in (values := vars(parser.parse_args())).items():
         kind, *limits = get_args(flags[name].annotation) or [str]
         if kind in (int, float) and not limits[0] <= value <= limits[1]:         # of an Annotated
-            name, (low, high) = name.replace("_", "-"), limits
-            parser.error(f"argument --{name}: {value} is not from {low:g} to {high:g}")
+            parser.error(f"argument --{name.replace('_', '-')}: {value} is not in {limits}")
     try:
         run(settings(**values))
     except (Refused, OSError, MemoryError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
@@ -399,6 +409,7 @@ def prepare(
     text: str = "words",         # ... embeddings of captions: words, google/flan-t5-base, ...
     max_tokens: count = 64,      # where captions are cut
     captions: Literal["long", "short"] = "long",   # how scenes are told
+    teacher: str = "",           # ... features to learn from (REPA, P-DINO): facebook/dinov2-small
     min_size: natural = 0,       # leave out pictures with a shorter side; 0: half of size
     min_words: count = 1,        # ... with fewer words in their caption
     max_aspect: positive = 4.0,  # ... whose longer side is more times the shorter
@@ -409,30 +420,27 @@ def prepare(
     out = Path(out or f"data/{Path(source.split(':')[0]).stem}")
     size, limit = size or (32 if scenes else 256), limit or (20_000 if scenes else 10 ** 9)
     settings.update(size=size, limit=limit, min_size=min_size or size // 2)
-    if (out / "settings.json").exists():
-        refuse_differences(out, read_json(out / "settings.json"), settings)
-    if (out / "meta.json").exists():
-        return print(f"{out} is complete; for other pictures give a new --out")
-    device, bf16 = pick_device()
+    for shard in out.glob("shard-?????/shard.json"):
+        refuse_differences(out, read_json(shard).get("settings", {}), settings)
+    device, autocast = pick_device()
     codec, encode_text = load_codec(codec, device), load_text_encoder(text, device, max_tokens)
+    side = size // codec.factor
+    grid = side // (max(8, side // 16) if codec.factor == 1 else 2)      # of train.py's tokens
+    teacher = teacher and load_teacher(teacher, device, max(1, grid))
     if size % codec.factor:
         raise Refused(f"--size {size} is not a multiple of the codec's {codec.factor} pixels")
     rank, world = int(os.getenv("RANK", 0)), int(os.getenv("WORLD_SIZE", 1))
     parts, known = list_parts(source, size, captions == "short", out), set()      # known: digests
-    if rank == 0:
-        write_json(out / "settings.json", settings)
     left = limit // world + (rank < limit % world)
-    bar = tqdm(desc=str(out), unit=" pictures", disable=None if rank == 0 else True)
     for number, part in itertools.islice(enumerate(parts), rank, None, world):
         folder = out / f"shard-{number:05d}"
         if not folder.exists():
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                write_shard(folder, part()[:left], settings, codec, encode_text, known, bar)
+            with autocast:
+                write_shard(folder, part()[:left], settings, codec, encode_text, teacher, known)
             shutil.rmtree(folder.with_suffix(".download"), ignore_errors=True)
         left -= read_json(folder / "shard.json")["seen"]
         if left <= 0:
             break
-    bar.close()
     if world > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=30))
     wait = torch.distributed.barrier if world > 1 else lambda: None
@@ -444,15 +452,16 @@ def prepare(
             print(f"{n:,} x {reason}")
         total, looked_at = (sum(shard[key] for shard in shards) for key in ("count", "seen"))
         if not total:
-            raise Refused(f"nothing usable in {source}; delete settings.json and shard* in {out}")
+            raise Refused(f"nothing usable in {source}; delete {out}/shard-*")
         mean, squares = sum(np.array(shard["sums"]) for shard in shards) / total
         lengths = np.concatenate([np.diff(np.load(each / "offsets.npy")) for each in folders])
-        counts = {folder.name: shard["count"] for folder, shard in zip(folders, shards)}
+        counts = {f.name: shard["count"] for f, shard in zip(folders, shards) if shard["count"]}
         write_json(out / "meta.json", {
             **settings, "count": total, "shards": counts, "dtype": codec.dtype,
-            "latent_shape": [codec.channels] + 2 * [size // codec.factor],
-            "text_dim": encode_text.dim, "tokens": int(lengths.max()), "mean": mean.tolist(),
-            "std": np.sqrt((squares - mean ** 2).clip(1e-6)).tolist()})
+            "latent_shape": [codec.channels, side, side], "text_dim": encode_text.dim,
+            "teacher_shape": teacher and teacher.shape, "tokens": int(lengths.max()),
+            "examples": (out / min(counts) / "captions.txt").read_text("utf-8").splitlines()[:12],
+            "mean": mean.tolist(), "std": np.sqrt((squares - mean ** 2).clip(1e-6)).tolist()})
         print(f"{out} holds {total:,} pictures, {total / looked_at:.1%} of those looked at; tokens "
               f"in a caption, quartiles: {np.quantile(lengths, np.arange(5) / 4).tolist()}")
     wait()                                    # for meta.json
@@ -464,52 +473,52 @@ def refuse_differences(folder, old, new, free=()):
     if differ:
         raise Refused(f"{folder} has other settings: {'; '.join(differ)}; give those or new --out")
 
-def write_npy_header(file, dtype, *shape):
-    """Begin a .npy file, or correct its count of rows: NumPy leaves room in the header for any."""
-    file.seek(0)
-    np.lib.format.write_array_header_1_0(
-        file, {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape})
+def append_rows(path, rows):
+    """Add rows to a .npy file, or begin one; NumPy leaves room in its header for any count."""
+    before = len(np.load(path, mmap_mode="r")) if path.exists() else 0
+    with open(path, "r+b" if path.exists() else "wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": rows.dtype.str, "fortran_order": False,
+                                                    "shape": (before + len(rows), *rows.shape[1:])})
+        file.seek(0, os.SEEK_END)
+        rows.tofile(file)
 
-def write_shard(folder, items, settings, codec, encode_text, known, bar):
+def write_shard(folder, items, settings, codec, encode_text, teacher, known):
     """Encode items into the folder of a shard, which gets its name when it is whole."""
-    unfinished, side = folder.with_suffix(".partial"), settings["size"] // codec.factor
+    unfinished, texts = folder.with_suffix(".partial"), []
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     offsets, report, sums = [0], Counter(), np.zeros((2, codec.channels))
-    workers = os.cpu_count() // int(os.getenv("LOCAL_WORLD_SIZE", 1))
-    batches = DataLoader(items, 64, collate_fn=partial(load_squares, **settings),
-                         num_workers=0 if settings["source"] == "scenes" else workers)
-    with open(unfinished / "latents.npy", "wb") as latents_file, \
-            open(unfinished / "text.npy", "wb") as text_file, \
-            open(unfinished / "captions.txt", "w", encoding="utf-8") as captions_file:
-        write_npy_header(latents_file, codec.dtype, 0, codec.channels, side, side)
-        write_npy_header(text_file, "float16", 0, encode_text.dim)
-        for captions, pictures, left_out in batches:
-            bar.update(len(captions) + len(left_out))
-            for name, reason in left_out:
-                report[reason] += 1
-                if report[reason] <= 3:
-                    bar.write(f"left out {name}: {reason}")
-            digests = [hashlib.sha1(picture).digest() for picture in pictures.numpy()]
-            fresh = [n for n, d in enumerate(digests) if d not in known and d not in digests[:n]]
-            report["exact duplicate"] += len(captions) - len(fresh)
-            captions, pictures = [captions[n] for n in fresh], pictures[fresh]
-            known.update(digests)
-            latents = codec.encode(pictures.permute(0, 3, 1, 2) / 127.5 - 1).cpu().double().numpy()
-            sums += latents.mean((2, 3)).sum(0), np.square(latents).mean((2, 3)).sum(0)
-            if codec.dtype == "uint8":
-                latents = ((latents + 1) * 127.5).round()
-            latents_file.write(latents.astype(codec.dtype).tobytes())
-            for tokens in encode_text(captions) if captions else []:
-                text_file.write(tokens.half().cpu().numpy().tobytes())
-                offsets.append(offsets[-1] + len(tokens))
-            captions_file.writelines(f"{text}\n" for text in captions)
-        write_npy_header(latents_file, codec.dtype, len(offsets) - 1, codec.channels, side, side)
-        write_npy_header(text_file, "float16", offsets[-1], encode_text.dim)
+    scenes, processes = settings["source"] == "scenes", int(os.getenv("LOCAL_WORLD_SIZE", 1))
+    batches = torch.utils.data.DataLoader(items, 64, collate_fn=partial(load_squares, **settings),
+                                          num_workers=0 if scenes else os.cpu_count() // processes)
+    for captions, pictures, left_out in tqdm(batches, folder.name, leave=False, unit_scale=64,
+                                             disable=os.getenv("RANK", "0") != "0" or None):
+        for name, reason in left_out:
+            report[reason] += 1
+            if report[reason] <= 3:
+                tqdm.write(f"left out {name}: {reason}")
+        digests = [hashlib.sha1(picture).digest() for picture in pictures.numpy()]
+        fresh = [n for n, d in enumerate(digests) if d not in known and d not in digests[:n]]
+        known.update(digests)
+        report["exact duplicate"] += len(captions) - len(fresh)
+        if not fresh:
+            continue
+        captions, images = [captions[n] for n in fresh], pictures[fresh].permute(0, 3, 1, 2)
+        images, tokens = images / 127.5 - 1, encode_text(captions)
+        latents = codec.encode(images).cpu().double().numpy()
+        sums += latents.mean((2, 3)).sum(0), np.square(latents).mean((2, 3)).sum(0)
+        latents = ((latents + 1) * 127.5).round() if codec.dtype == "uint8" else latents
+        append_rows(unfinished / "latents.npy", latents.astype(codec.dtype))
+        append_rows(unfinished / "text.npy", torch.cat(tokens).half().cpu().numpy())
+        if teacher:
+            append_rows(unfinished / "teacher.npy", teacher.on_grid(images).half().cpu().numpy())
+        offsets.extend(offsets[-1] + np.cumsum([len(each) for each in tokens]))
+        texts.extend(captions)
     report["caption cut"], encode_text.cut = encode_text.cut, 0
     np.save(unfinished / "offsets.npy", np.array(offsets))
-    write_json(unfinished / "shard.json", {"count": len(offsets) - 1, "seen": len(items),
-                                           "sums": sums.tolist(), "report": report})
+    (unfinished / "captions.txt").write_text("".join(f"{text}\n" for text in texts), "utf-8")
+    done = {"count": len(texts), "seen": len(items), "sums": sums.tolist(), "report": report}
+    write_json(unfinished / "shard.json", {"settings": settings, **done})
     unfinished.rename(folder)
 
 if __name__ == "__main__":

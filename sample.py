@@ -7,11 +7,8 @@
 import textwrap
 from pathlib import Path
 from typing import Literal
-
-import numpy as np
-import torch
+import numpy as np, torch
 from PIL import Image, ImageDraw, ImageFont
-
 from model import PRX, Refused, fetch, pick_device, read_json, shift_time, velocity, whole_file
 from prepare import (caption, check, count, load_codec, load_text_encoder, natural, pad,
                      random_scene, run_script, weight)
@@ -27,7 +24,7 @@ def generate(model, text, null, noise, info, steps=20, guidance=2.0, mode="null"
         t_batch = t.expand(len(x))
         if mode == "self":                         # the same tokens stay for all of the batch
             order = torch.randperm(x[0, 0].numel() // model.config.patch_size ** 2, generator=dice)
-            stay = order[:max(1, round(len(order) * (1 - info["route"])))].expand(len(x), -1)
+            stay = order[:round(len(order) * (1 - (info["route"] or 0.5))) or 1].expand(len(x), -1)
             outputs = model(x, t_batch, text), model(x, t_batch, text, None, stay.to(x.device))
         else:
             outputs = model(torch.cat((x, x)), t_batch.repeat(2), both).chunk(2)
@@ -43,10 +40,9 @@ def draw(model, codec, encode_text, info, prompts, seeds, *how):
     mean, std = (torch.tensor(info[key], device=device).view(-1, 1, 1) for key in ("mean", "std"))
     for some in range(0, len(prompts), 64):
         text = pad(encode_text(["", *prompts[some:some + 64]]), info["tokens"]).to(device)
-        x = torch.stack([
-            torch.randn(info["latent_shape"], generator=torch.Generator().manual_seed(seed))
-            for seed in seeds[some:some + 64]]).to(device)
-        x = generate(model, text[1:], text[0], x, info, *how)
+        noise = [torch.randn(info["latent_shape"], generator=torch.Generator().manual_seed(seed))
+                 for seed in seeds[some:some + 64]]
+        x = generate(model, text[1:], text[0], torch.stack(noise).to(device), info, *how)
         images = codec.decode(x * std + mean).float().clamp(-1, 1)
         pictures.append(((images + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy())
     return np.concatenate(pictures)
@@ -78,7 +74,7 @@ def grid(pictures, prompts, columns):
     return sheet
 
 def sample(
-    prompts: str = (),            # what to draw, cut to the length of the longest training caption
+    prompts: str = (),            # cut to the longest training caption; none: twelve of those
     run: str = "out/scenes",      # folder of a run, or a Hub repository
     out: str = "sample.png",      # a .png with all of them, or a folder for single files
     n: count = 1,                 # pictures for each prompt
@@ -89,31 +85,24 @@ def sample(
     score: bool = False,          # report the prompt accuracy on 512 held-out scenes instead
 ):
     """Draw the prompts with a trained model, or score it. Raises Refused where the run is none."""
-    if not prompts and not score:
-        raise Refused("give a prompt, or --score")
     folder = fetch(run, "*.json", "*.safetensors")
-    folder = folder / "ema" if (folder / "ema").is_dir() else folder
     info = read_json(folder / "nanoprx.json")
     if score and info.get("source") != "scenes":
         raise Refused(f"{run} was not trained on scenes; the prompt accuracy is for those")
-    if guidance_mode == "self" and not info.get("route"):
-        raise Refused(f"{run} was trained without --route; it cannot guide itself")
-    device, bf16 = pick_device()
+    device, autocast = pick_device()
     painter = (PRX.from_pretrained(folder).to(device), load_codec(info["codec"], device),
                load_text_encoder(info["text"], device, info["tokens"]), info)
-    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+    with autocast:
         if score:
             shares = prompt_accuracy(*painter, steps, guidance, guidance_mode)
             return print(*(f"{name:12}{part:7.1%}" for name, part in shares.items()), sep="\n")
-        prompts = [prompt for prompt in prompts for _ in range(n)]
+        prompts = [prompt for prompt in prompts or info["examples"] for _ in range(n)]
         seeds = [seed + number % n for number in range(len(prompts))]
         pictures = draw(*painter, prompts, seeds, steps, guidance, guidance_mode)
-    if out.lower().endswith(".png"):
-        files = {out: grid(pictures, prompts, n if 1 < n < 9 else min(len(prompts), 6))}
-    else:
-        files = {f"{out}/{i:04d}.png": Image.fromarray(each) for i, each in enumerate(pictures)}
-    for path, picture in files.items():
-        with whole_file(path) as file:
+    sheet, columns = out.lower().endswith(".png"), n if 1 < n < 9 else min(len(prompts), 6)
+    files = [grid(pictures, prompts, columns)] if sheet else map(Image.fromarray, pictures)
+    for number, picture in enumerate(files):
+        with whole_file(out if sheet else f"{out}/{number:04d}.png") as file:
             picture.save(file, "png")
     print(f"{out}: {len(pictures)} drawn")
 
