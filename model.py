@@ -39,7 +39,7 @@ class PRXConfig:
     def __post_init__(self):
         self.axes_dim = axes = tuple(self.axes_dim or (32, 32))
         if any(dim % 2 for dim in axes) or sum(axes) * self.num_heads != self.hidden_size:
-            raise Refused(f"width {self.hidden_size} is not {self.num_heads} heads of even {axes}")
+            raise Refused(f"width {self.hidden_size} is no multiple of 4 x {self.num_heads} heads")
 
 @functools.lru_cache(maxsize=8)
 def rope_table(rows, columns, axes_dim, theta, device):

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Annotated, Literal, get_args
 import numpy as np, torch, torch.nn.functional as F
 from PIL import Image, ImageOps
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from model import (Refused, ask_hub, fetch, pick_device, read_json, read_safetensors, refusing,
                    write_json)
@@ -86,8 +85,8 @@ def render(scene, size):
     return picture.round().astype(np.uint8)
 
 def check(picture, scene):
-    """Whether a picture (size, size, 3) uint8 shows a scene, as GenEval asks (2310.11513): in each
-    place the right shape fits best, and these fits, drawn, are the picture but for 1% of pixels."""
+    """Whether a picture (size, size, 3) uint8 shows a scene (as GenEval, 2310.11513): in each place
+    the right shape fits best, and these fits, drawn, agree in colours and in 99% of the pixels."""
     size, ground, fits = len(picture), np.array(COLOURS[scene.ground]), []
     centres = (np.arange(size) + 0.5) / size
     for thing in scene.things:
@@ -99,8 +98,10 @@ def check(picture, scene):
                  for s, area in AREAS.items()]                    # 0.13: a mere trace is no thing
         fits.append(min(tries, key=lambda fit: np.abs(alpha - coverage(fit, size)).sum()))
     error = picture - render(Scene(scene.ground, fits), size).astype(float)
+    areas = [np.ones((size, size), bool), *(coverage(fit, size) > 0.5 for fit in fits)]
+    true = all(np.linalg.norm(np.median(error[area], axis=0)) < 60 for area in areas)
     clean = (np.linalg.norm(error, axis=-1) > 110).mean() < 0.01
-    return bool(clean) and [fit[:3] for fit in fits] == [thing[:3] for thing in scene.things]
+    return bool(true and clean) and all(a.shape == b.shape for a, b in zip(fits, scene.things))
 # --------------------------------------------------------- where pictures and captions come from
 # A source has parts, each of which makes a shard. A part is a list of items (name, caption, load);
 # load() gives the picture, PIL in RGB, or raises Refused with the reason why not.
@@ -181,7 +182,7 @@ def load_squares(items, size, min_size, min_words, max_aspect, **others):
         try:
             text = " ".join(text.encode(errors="replace").decode().replace("\0", " ").split())
             if len(text.split()) < min_words:
-                raise Refused(f"caption below {min_words} words" if text else "no caption")
+                raise Refused(f"caption below {min_words} words" if text else "no legible caption")
             picture = load()
             if min(picture.size) < min_size:
                 raise Refused(f"shorter side below {min_size} pixels")
@@ -207,7 +208,7 @@ def load_frozen(kind, name, device="cpu", *how):
     with refusing(f"{folder} does not hold a {kind.__name__}"):
         weights = read_safetensors(*sorted(folder.glob("*.safetensors"))).items()
         return kind({name: weight.float().to(device) for name, weight in weights
-                     if not name.startswith("decoder.block")}, folder, *how)          # T5's decoder
+                     if not name.startswith(("decoder.block", "lm_head"))}, folder, *how)     # T5's
 
 class TinyAutoencoder:
     """TAESD and its kin (github.com/madebyollin/taesd): convolutions and ReLU blocks, 64 wide, that
@@ -308,7 +309,7 @@ class T5:
         ids = [self.tokenize(text) for text in captions]
         self.cut += sum(len(each) > self.max_tokens for each in ids)
         ids = [torch.tensor(each[:-1][:self.max_tokens - 1] + [1]) for each in ids]
-        ids = pad_sequence(ids, True, -1).to(weight("shared").device)                       # (B, L)
+        ids = torch.nn.utils.rnn.pad_sequence(ids, True, -1).to(weight("shared").device)    # (B, L)
         distance = torch.arange(ids.shape[1]) - torch.arange(ids.shape[1])[:, None]
         starts = torch.tensor([*range(1, 9), 12, 16, 23, 32, 46, 64, 91])    # of the table's ranges
         rows = torch.bucketize(distance.abs(), starts, right=True) + 16 * (distance > 0)
@@ -338,19 +339,19 @@ class DINOv2:
         config, self.weights = read_json(folder / "config.json"), weights
         self.heads, self.depth = config["num_attention_heads"], config["num_hidden_layers"]
         dim, _, _, self.patch = weights["embeddings.patch_embeddings.projection.weight"].shape
-        self.shape = dim, side, side
+        self.shape, self.cells = (dim, side, side), 2 * [side * -(-16 // side)]      # 16 or more
         self.on_grid(torch.zeros(1, 3, 8, 8))                                   # is all there?
     def __call__(self, images):
         both = lambda name: [self.weights[f"{name}.{kind}"] for kind in ("weight", "bias")]
         norm = lambda x, name: F.layer_norm(x, x.shape[-1:], *both(name), 1e-6)
         w, places = self.weights, self.weights["embeddings.position_embeddings"]  # (1, 1 + n, D)
-        first, table = w["embeddings.cls_token"] + places[:, :1], places[:, 1:].mT
         mean, std = places.new_tensor([[.485, .456, .406], [.229, .224, .225]])[..., None, None]
-        x = (images.to(places.device) / 2 + 0.5 - mean) / std                    # as of ImageNet
+        x = (images.to(places.device) / 2 + 0.5 - mean) / std                           # ImageNet's
         x = F.conv2d(x, *both("embeddings.patch_embeddings.projection"), self.patch)
-        table = table.unflatten(2, 2 * [math.isqrt(table.shape[2])])
+        table = places[:, 1:].mT.unflatten(2, 2 * [math.isqrt(places.shape[1])])     # (1, D, h, w)
         x = (x + F.interpolate(table, x.shape[2:], mode="bicubic")).flatten(2).mT     # (B, n, D)
-        x = torch.cat((first.expand(len(x), -1, -1), x), dim=1)
+        first = (w["embeddings.cls_token"] + places[:, :1]).expand(len(x), -1, -1)
+        x = torch.cat((first, x), dim=1)
         for layer in (f"encoder.layer.{number}" for number in range(self.depth)):
             y, name = norm(x, f"{layer}.norm1"), f"{layer}.attention"
             q, k, v = (F.linear(y, *both(f"{name}.attention.{part}")).unflatten(
@@ -361,20 +362,19 @@ class DINOv2:
             x = x + w[f"{layer}.layer_scale2.lambda1"] * F.linear(y, *both(f"{layer}.mlp.fc2"))
         return norm(x, "layernorm")[:, 1:]                                     # without the class
     def on_grid(self, images):
-        """Features (B, dim, side, side) of square images, of 16 x 16 patches or more, averaged."""
-        patches = max(16, self.shape[1])
-        images = F.interpolate(images, 2 * [patches * self.patch], mode="bicubic", antialias=True)
-        return F.adaptive_avg_pool2d(self(images).mT.unflatten(2, 2 * [patches]), self.shape[1:])
-load_teacher = partial(load_frozen, DINOv2)         # called with a name and a device
+        """Features (B, dim, side, side) of square images: of `cells` patches, averaged."""
+        size, images = self.cells[0] * self.patch, images.to(self.weights["layernorm.bias"].device)
+        images = F.interpolate(images, 2 * [size], mode="bicubic", antialias=images.shape[3] > size)
+        return F.adaptive_avg_pool2d(self(images).mT.unflatten(2, self.cells), self.shape[1:])
+load_teacher = partial(load_frozen, DINOv2)                   # called with name, device and side
 
 def pad(embeddings, tokens):
     """A list of (L_i, D) embeddings as one (B, tokens, D), cut or filled up with rows of zeros."""
     filler = embeddings[0].new_zeros(tokens, embeddings[0].shape[1])        # which sets the length
-    return pad_sequence([*(each[:tokens] for each in embeddings), filler], True)[:-1]
+    return torch.nn.utils.rnn.pad_sequence([*(e[:tokens] for e in embeddings), filler], True)[:-1]
 # -------------------------------------------------------------------------- the command line
 count, natural = Annotated[int, 1, 10 ** 12], Annotated[int, 0, 2 ** 31 - 1]   # seeds have 31 bits
-positive, weight = Annotated[float, 1e-12, 1e12], Annotated[float, 0, 1e12]
-share = Annotated[float, 0, 1]
+positive, weight, share = (Annotated[float, *ends] for ends in ((1e-12, 1e12), (0, 1e12), (0, 1)))
 
 def run_script(settings, description, run=lambda done: done, **nargs):
     """Call a function or dataclass, each argument of which is a flag (or positional, if in nargs)
@@ -407,9 +407,9 @@ def prepare(
     limit: natural = 0,          # look at no more (a process: its share); 0: 20,000 scenes, or all
     codec: str = "pixels",       # what makes latents of pictures: pixels, taef2, taesd, ...
     text: str = "words",         # ... embeddings of captions: words, google/flan-t5-base, ...
+    teacher: str = "",           # ... features for REPA and P-DINO: facebook/dinov2-small; "": none
     max_tokens: count = 64,      # where captions are cut
     captions: Literal["long", "short"] = "long",   # how scenes are told
-    teacher: str = "",           # ... features to learn from (REPA, P-DINO): facebook/dinov2-small
     min_size: natural = 0,       # leave out pictures with a shorter side; 0: half of size
     min_words: count = 1,        # ... with fewer words in their caption
     max_aspect: positive = 4.0,  # ... whose longer side is more times the shorter
@@ -421,14 +421,16 @@ def prepare(
     size, limit = size or (32 if scenes else 256), limit or (20_000 if scenes else 10 ** 9)
     settings.update(size=size, limit=limit, min_size=min_size or size // 2)
     for shard in out.glob("shard-?????/shard.json"):
-        refuse_differences(out, read_json(shard).get("settings", {}), settings)
+        refuse_differences(out, read_json(shard).get("settings", settings), settings)
+    if (out / "meta.json").exists():
+        return print(f"{out} is complete; for other pictures give a new --out")
     device, autocast = pick_device()
     codec, encode_text = load_codec(codec, device), load_text_encoder(text, device, max_tokens)
+    if size % codec.factor:
+        raise Refused(f"--size {size} is not a multiple of the codec's {codec.factor} pixels")
     side = size // codec.factor
     grid = side // (max(8, side // 16) if codec.factor == 1 else 2)      # of train.py's tokens
     teacher = teacher and load_teacher(teacher, device, max(1, grid))
-    if size % codec.factor:
-        raise Refused(f"--size {size} is not a multiple of the codec's {codec.factor} pixels")
     rank, world = int(os.getenv("RANK", 0)), int(os.getenv("WORLD_SIZE", 1))
     parts, known = list_parts(source, size, captions == "short", out), set()      # known: digests
     left = limit // world + (rank < limit % world)
@@ -446,16 +448,15 @@ def prepare(
     wait = torch.distributed.barrier if world > 1 else lambda: None
     wait()                                    # for all shards
     if rank == 0:
-        folders = sorted(out.glob("shard-?????"))
-        shards = [read_json(folder / "shard.json") for folder in folders]
-        for reason, n in sum((Counter(shard["report"]) for shard in shards), Counter()).items():
+        shards = {each: read_json(each / "shard.json") for each in sorted(out.glob("shard-?????"))}
+        for reason, n in sum((Counter(s["report"]) for s in shards.values()), Counter()).items():
             print(f"{n:,} x {reason}")
-        total, looked_at = (sum(shard[key] for shard in shards) for key in ("count", "seen"))
+        total, looked_at = (sum(s[key] for s in shards.values()) for key in ("count", "seen"))
         if not total:
             raise Refused(f"nothing usable in {source}; delete {out}/shard-*")
-        mean, squares = sum(np.array(shard["sums"]) for shard in shards) / total
-        lengths = np.concatenate([np.diff(np.load(each / "offsets.npy")) for each in folders])
-        counts = {f.name: shard["count"] for f, shard in zip(folders, shards) if shard["count"]}
+        mean, squares = sum(np.array(s["sums"]) for s in shards.values()) / total
+        lengths = np.concatenate([np.diff(np.load(each / "offsets.npy")) for each in shards])
+        counts = {each.name: s["count"] for each, s in shards.items() if s["count"]}
         write_json(out / "meta.json", {
             **settings, "count": total, "shards": counts, "dtype": codec.dtype,
             "latent_shape": [codec.channels, side, side], "text_dim": encode_text.dim,
@@ -480,7 +481,7 @@ def append_rows(path, rows):
         np.lib.format.write_array_header_1_0(file, {"descr": rows.dtype.str, "fortran_order": False,
                                                     "shape": (before + len(rows), *rows.shape[1:])})
         file.seek(0, os.SEEK_END)
-        rows.tofile(file)
+        file.write(rows.tobytes())
 
 def write_shard(folder, items, settings, codec, encode_text, teacher, known):
     """Encode items into the folder of a shard, which gets its name when it is whole."""

@@ -74,13 +74,13 @@ def grid(pictures, prompts, columns):
     return sheet
 
 def sample(
-    prompts: str = (),            # cut to the longest training caption; none: twelve of those
+    prompts: str = (),            # cut to the longest training caption; none: training captions
     run: str = "out/scenes",      # folder of a run, or a Hub repository
     out: str = "sample.png",      # a .png with all of them, or a folder for single files
     n: count = 1,                 # pictures for each prompt
     steps: count = 20,            # Euler steps; with more, velocity's clamp leaves a little noise
     guidance: weight = 2.0,       # guidance scale; 1 is none
-    guidance_mode: Literal["null", "self"] = "null",   # away from the empty caption, or from itself
+    guidance_mode: Literal["null", "self"] = "null",   # from the empty caption, or itself, routed
     seed: natural = 0,            # of the first picture of each prompt, the next has seed + 1
     score: bool = False,          # report the prompt accuracy on 512 held-out scenes instead
 ):
@@ -96,7 +96,7 @@ def sample(
         if score:
             shares = prompt_accuracy(*painter, steps, guidance, guidance_mode)
             return print(*(f"{name:12}{part:7.1%}" for name, part in shares.items()), sep="\n")
-        prompts = [prompt for prompt in prompts or info["examples"] for _ in range(n)]
+        prompts = [each for each in prompts or info.get("examples", [""]) for _ in range(n)]
         seeds = [seed + number % n for number in range(len(prompts))]
         pictures = draw(*painter, prompts, seeds, steps, guidance, guidance_mode)
     sheet, columns = out.lower().endswith(".png"), n if 1 < n < 9 else min(len(prompts), 6)

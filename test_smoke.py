@@ -46,24 +46,22 @@ def trained(tmp_path_factory, teacher):
     M.write_json(meta := folder / "data/scenes/meta.json", {**M.read_json(meta), "source": "x"})
     return folder                                     # so later runs on this are not scored
 
-def random_model(**sizes):
-    network = M.PRX(M.PRXConfig(context_in_dim=24, hidden_size=48, depth=4, mlp_ratio=3.5, **sizes))
+def random_model(channels, patch, heads, axes, neck=None):
+    network = M.PRX(M.PRXConfig(channels, patch, 24, 48, 3.5, heads, 4, axes, bottleneck_size=neck))
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
     return network
 
-@pytest.mark.parametrize("channels, patch, heads, axes, bottleneck, shape, length", [
-    (3, 8, 2, (12, 12), 16, (32, 32), 5), (4, 1, 3, (8, 8), None, (5, 9), 1),
-    (16, 2, 4, (4, 8), None, (8, 12), 17)])
-def test_agrees_with_diffusers(channels, patch, heads, axes, bottleneck, shape, length):
-    ours = random_model(in_channels=channels, patch_size=patch, num_heads=heads, axes_dim=axes,
-                        bottleneck_size=bottleneck)
+@pytest.mark.parametrize("sizes, shape, length", [((3, 8, 2, (12, 12), 16), (32, 32), 5),
+    ((4, 1, 3, (8, 8)), (5, 9), 1), ((16, 2, 4, (4, 8)), (8, 12), 17)])
+def test_agrees_with_diffusers_and_swaps_weights(sizes, shape, length):
+    ours = random_model(*sizes)
     ours.save_pretrained("ours")
     theirs = diffusers.PRXTransformer2DModel.from_pretrained("ours", low_cpu_mem_usage=False)
     theirs.save_pretrained("pipeline/transformer")
     back = M.PRX.from_pretrained("pipeline")
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), back.parameters()))
-    x, t, text = torch.randn(2, channels, *shape), torch.rand(2), torch.randn(2, length, 24)
+    x, t, text = torch.randn(2, sizes[0], *shape), torch.rand(2), torch.randn(2, length, 24)
     for mask in None, torch.arange(length) < torch.tensor([[1], [length]]):
         expected = theirs(x, t, text, attention_mask=mask).sample
         torch.testing.assert_close(back(x, t, text, mask), expected, rtol=1e-5, atol=1e-5)
@@ -73,7 +71,7 @@ def test_a_training_step(teacher):
     for sides in (70, 70), (56, 98), (224, 224):                    # its own, and interpolated
         images, ours = torch.rand(2, 3, *sides) * 2 - 1, P.load_teacher(folder)
         torch.testing.assert_close(ours(images), theirs(images), rtol=1e-4, atol=1e-4)
-    network = random_model(in_channels=3, patch_size=8, num_heads=2, axes_dim=(12, 12))
+    network = random_model(3, 8, 2, (12, 12))
     network.projector, x = torch.nn.Linear(48, 48), torch.rand(2, 3, 32, 32)
     before = copy.deepcopy(network)
     for module in (network, *network.blocks):
@@ -91,7 +89,7 @@ def test_a_training_step(teacher):
     assert torch.equal(b, a[rows, stay]) and torch.equal(rope[0], ropes[0][stay])
     assert torch.equal(d, a.index_put((rows, stay), c))
     (output, tokens), t = before(x_t, t, text, None, stay), t[:, None, None, None]
-    clean = F.interpolate(x_t - t * output, 224, mode="bicubic", antialias=True)
+    clean = F.interpolate(x_t - t * output, 224, mode="bicubic")
     alike = F.cosine_similarity(theirs(clean), features.flatten(2).mT, dim=2).mean()
     wanted = F.avg_pool2d(features, 4).flatten(2).mT[rows, stay]
     loss = F.mse_loss(output, (x_t - x) / t) - 0.3 * alike
@@ -145,7 +143,9 @@ def test_check_is_strict_and_scenes_are_told():
                    for new, (x, y) in P.PLACES.items() if new not in [t[2] for t in scene.things]]
         others = [scene._replace(things=things) for things in (rest, *([o, *rest] for o in others))]
         others += [scene._replace(ground=new) for new in P.COLOURS if new != scene.ground]
-        changed += [P.check(P.render(other, 32), scene) for other in random.sample(others, 10)]
+        for other in random.sample(others, 10):                  # or a picture between the two
+            share, a, b = rng.uniform(0.7, 1), P.render(scene, 32), P.render(other, 32)
+            changed.append(P.check(((1 - share) * a + share * b).astype(np.uint8), scene))
         assert not P.check(np.full((32, 32, 3), P.COLOURS[scene.ground], np.uint8), scene)
         assert not P.check(rng.integers(0, 256, (32, 32, 3)).astype(np.uint8), scene)
     assert np.mean(renders) >= 0.995 and np.mean(changed) <= 0.01
@@ -191,8 +191,7 @@ def test_t5_and_two_stages_on_latents_of_a_codec_from_the_hub():
     assert -10 * error.square().mean((1, 2, 3)).log10().mean() > 27                           # dB
     run("train.py --out a --steps 2 --batch-size 4")
     run("train.py --init a --out b --steps 1 --lr 1e-9 --muon-lr 1e-9 --batch-size 4")
-    before, after = (M.PRX.from_pretrained(name).state_dict() for name in "ab")
-    torch.testing.assert_close(after, before)
+    torch.testing.assert_close(*(M.PRX.from_pretrained(name).state_dict() for name in "ab"))
     run("sample.py a --run b --steps 2 --out one/")
     for command, sentence in (("sample.py --score --run b", "not trained on scenes"),
             ("prepare.py --codec taef2 --size 44 --out y", "multiple"),
@@ -224,12 +223,11 @@ def test_any_picture_from_a_folder():
     rotated.save(source / "rotated.jpg", exif=exif, quality=95)
     (source / "rotated.json").write_text('{"prompt": "a\u2028turn"}')
     output = run(f"prepare.py {source} --size 16 --min-words 2")
-    for line in ("4 x broken or gig", "1 x shorter side below 8", "1 x no", "left out bare.png: no",
+    for line in ("4 x broken or gig", "1 x shorter side below 8", "1 x no le", "bare.png: no",
                  "1 x longer side above 4", "1 x exact duplicate", "9 pictures, 52.9% of"):
         assert line in output, output
-    shard = Path("data/photos/shard-00000")
-    captions = (shard / "captions.txt").read_text("utf-8").splitlines()
-    latents = dict(zip(captions, np.load(shard / "latents.npy", mmap_mode="r")))
+    captions = Path("data/photos/shard-00000/captions.txt").read_text("utf-8").splitlines()
+    latents = dict(zip(captions, np.load("data/photos/shard-00000/latents.npy", mmap_mode="r")))
     assert len(latents) == 9 and "deeper/naïve name.bmp in words" in latents
     assert latents["clear.png in words"].min() == 204 and latents["deep.png in words"].min() == 38
     top, bottom = latents["a turn"][:, 2].mean(1), latents["a turn"][:, -3].mean(1)
@@ -276,13 +274,14 @@ def test_cache_format_and_going_on_after_a_kill(trained, teacher):
     run("prepare.py --limit 9000", until=(file := Path("data/scenes/shard-00000/latents.npy")))
     first = file.stat()
     assert "9,000 p" in run("prepare.py --limit 9000", processes=2) and file.stat() == first
+    assert "complete" in run("prepare.py --limit 9000")
 
 def test_a_run_and_its_folder_and_sampling(trained):
     out, rows = trained / "out/scenes", list(csv.DictReader(open(trained / "out/scenes/log.csv")))
     assert [row["step"] for row in rows] == "10 20 30 40 48".split()
     assert float(rows[-1]["loss"]) < float(rows[0]["loss"])
     assert len(list((out / "samples").iterdir())) == Image.open(out / "learning.gif").n_frames == 3
-    assert "is finished" in run(f"train.py {TINY} --steps 48 --sample-every 20", trained)
+    assert "finished in" in run(f"train.py {TINY} --steps 48 --sample-every 20", trained)
     output = run(f"train.py {TINY} --steps 30 --lr 0.01", trained, code=2)
     assert "lr was 0.003 and is now 0.01" in output and "steps was 48 and is now 30" in output
     assert "not finite" in run(f"train.py {TINY} --lr 1e12 --save-every 1 --out b", trained, code=2)
@@ -298,10 +297,10 @@ def test_a_run_and_its_folder_and_sampling(trained):
 @pytest.mark.parametrize("how, processes", [
     (signal.SIGKILL, 0), (signal.SIGTERM, 0), (signal.SIGINT, 0), (signal.SIGKILL, 2)])
 def test_an_interrupted_run_goes_on_exactly(trained, how, processes):
-    command = f"train.py {TINY} --steps 60 --save-every 7 --data {trained}/data/scenes --out"
+    command = f"train.py {TINY} --steps 40 --save-every 7 --data {trained}/data/scenes --out"
     output = run(f"{command} cut", None, 0, processes, until=Path("cut/ckpt.pt"), how=how)
     assert how == signal.SIGKILL or "goes on" in output
-    assert 0 < torch.load("cut/ckpt.pt", weights_only=True)["log"][0] < 60
+    assert 0 < torch.load("cut/ckpt.pt", weights_only=True)["log"][0] < 40
     if how == signal.SIGTERM:                              # as if the disk were full of all else
         assert "File too large" in run(f"{command} cut", code=1, room=99_999)
         assert not list(Path("cut").rglob("*.partial"))
@@ -310,7 +309,7 @@ def test_an_interrupted_run_goes_on_exactly(trained, how, processes):
     cut, whole = (M.PRX.from_pretrained(name).state_dict() for name in ("cut", "whole"))
     torch.testing.assert_close(cut, whole, rtol=0, atol=0)
     steps = [int(row["step"]) for row in csv.DictReader(open("cut/log.csv"))]
-    assert steps == sorted(set(steps)) and {10, 60} <= set(steps)
+    assert steps == sorted(set(steps)) and {10, 40} <= set(steps)
 
 def test_processes_parts_of_a_batch_and_an_ended_repa_change_nothing(trained):
     losses, data = {}, f"--data {trained}/data/scenes"
@@ -334,7 +333,7 @@ def test_a_broken_cache_is_refused(trained, name, damage):
 
 @pytest.mark.parametrize("command, sentence", [
     ("train.py --stepz 3", "arguments: --stepz"), ("train.py --ema 1.5", "ema: 1.5 is not in [0"),
-    ("train.py --width 100", "100 is not 4 heads"), ("sample.py", "out/scenes is not here"),
+    ("train.py --width 100", "100 is no mul"), ("sample.py", "out/scenes is not here"),
     ("train.py --patch-size 5", "does not divide latents"), ("train.py --data x", "of no cache"),
     ("prepare.py photos", "neither a tar, a"), ("prepare.py --codec .", "does not hold a Tiny"),
     ("prepare.py x/y", "x/y is not here, and"), ("sample.py a --run x/y", "x/y is not here, and"),
@@ -344,7 +343,8 @@ def test_wrong_flags_and_missing_things(command, sentence):
 
 def test_help_tells_every_flag_and_the_readme_links_to_the_right_lines():
     output, readme = run("train.py --help"), (HERE / "README.md").read_text("utf-8")
-    assert all("--" + name.replace("_", "-") in output for name in vars(T.Config()))
-    for name, file, number in re.findall(r"\[`(\w+)`\]\((\w+\.py)#L(\d+)\)", readme):
+    links = re.findall(r"\[`(\w+)`\]\((\w+\.py)#L(\d+)\)", readme)
+    assert links and all("--" + name.replace("_", "-") in output for name in vars(T.Config()))
+    for name, file, number in links:
         line = (HERE / file).read_text("utf-8").splitlines()[int(number) - 1]
         assert re.match(rf"(def|class) {name}\b", line), (name, line)

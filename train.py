@@ -57,7 +57,7 @@ class Config:
 # -------------------------------------------------------------------------------------- the data
 def load_array(folder, name, dtype, *shape):
     """The .npy file of that type and shape, mapped into memory. Raises Refused, also at NaN."""
-    with refusing(f"{folder}/{name}.npy cannot be used; prepare it anew"):
+    with refusing(f"{folder}/{name}.npy cannot be used; prepare anew (teacher.npy: --teacher)"):
         array = np.load(folder / f"{name}.npy", mmap_mode="r")
         finite = array.dtype.kind != "f" or np.isfinite(array.sum(dtype=float))
         if (array.dtype, array.shape, finite) != (dtype, shape, True):
@@ -70,6 +70,7 @@ class Cache(torch.utils.data.Dataset):
     def __init__(self, folder, device, repa=0, pdino=0):
         with refusing(f"{folder}/meta.json tells of no cache; make one with prepare.py"):
             self.meta = meta = json.loads((folder / "meta.json").read_bytes())
+            [meta[key] for key in ("source", "text", "examples")]           # are these there, too?
             statistics = torch.tensor([meta["mean"], meta["std"]], device=device)
             if pdino and meta["codec"] != "pixels":
                 raise Refused("--pdino compares pictures, but these are latents; --repa takes both")
@@ -145,8 +146,8 @@ def train_step(model, optimizers, cache, config, step, rank, autocast, batch):
     text = torch.where((drop < config.caption_dropout)[:, None, None], cache.null, text)
     x = ((x / 127.5 - 1 if x.dtype == torch.uint8 else x.float()) - cache.mean) / cache.std
     x_t = torch.lerp(x, noise, level := t[:, None, None, None])              # (1 - t) x + t noise
-    grid = [side // config.patch_size for side in x.shape[2:]]
-    order = torch.rand(config.batch_size, *grid, **dice)[mine].flatten(1).argsort(1)
+    tokens = [side // config.patch_size for side in x.shape[2:]]                           # h, w
+    order = torch.rand(config.batch_size, *tokens, **dice)[mine].flatten(1).argsort(1)
     stay = order[:, :round(order.shape[1] * (1 - config.route)) or 1]            # skip no block
     total, micro = 0, config.micro_batch or len(x)
     for part in (slice(first, first + micro) for first in range(0, len(x), micro)):
@@ -158,12 +159,12 @@ def train_step(model, optimizers, cache, config, step, rank, autocast, batch):
         error = velocity(output.float() - truth, 0, t[part], config.predict, config.t_floor)
         loss = error.square().mean()                                    # x_t cancels in the error
         total += loss.detach() * len(output) / len(x)
-        if config.repa:           # after its end the weight is 0, as DDP wants gradients for all
-            wanted = F.adaptive_avg_pool2d(features[0][part].float(), grid).flatten(2).mT
+        if config.repa:           # at its end the weight becomes 0, as DDP wants gradients for all
+            wanted = F.adaptive_avg_pool2d(features[0][part].float(), tokens).flatten(2).mT
             if middle.shape[1] < wanted.shape[1]:                  # (B, L, D); those that stayed
                 wanted = wanted.take_along_dim(stay[part, :, None], dim=1)
-            weight = config.repa * (step < config.repa_until * config.steps)
-            loss = loss - weight * F.cosine_similarity(middle, wanted, dim=2).mean()
+            pull = config.repa * (step < config.repa_until * config.steps)
+            loss = loss - pull * F.cosine_similarity(middle, wanted, dim=2).mean()
         if config.pdino:                               # gradients go through the frozen teacher
             clean = output if config.predict == "x" else x_t[part] - level[part] * output
             seen = autocast(cache.teacher.on_grid)(clean * cache.std + cache.mean)
@@ -257,10 +258,9 @@ def train(config):
             with whole_file(out / "log.csv") as file:
                 file.write("\n".join([*log, ""]).encode())
             if look:
-                prompts = info["examples"]
-                pictures = autocast(draw)(*painter, prompts, range(len(prompts)))
+                pictures = autocast(draw)(*painter, info["examples"], range(len(info["examples"])))
                 with whole_file(out / "samples" / f"step_{step:06d}.png") as file:
-                    grid(pictures, prompts, 6).save(file, "png")
+                    grid(pictures, info["examples"], 6).save(file, "png")
             if last or keep or stop:
                 ema.module.save_pretrained(out / "ema")
                 write_json(out / "ema" / "nanoprx.json", info)
@@ -278,11 +278,10 @@ def train(config):
         first, *others = map(Image.open, paths[::-(len(paths) // 50 + 1)][::-1])     # 50 at most
         with whole_file(out / "learning.gif") as file:
             first.save(file, "gif", save_all=True, append_images=others, duration=400, loop=0)
-        print(f"{out} is finished: {step:,} steps in {seconds / 60:.1f} minutes")
+        print(f"{out} finished in {seconds / 60:.1f} minutes; python sample.py --run {out} PROMPT")
         if info["source"] == "scenes":
             shares = autocast(score)(*painter)
             print("prompt accuracy:", *(f"{name} {part:.1%}" for name, part in shares.items()))
-        print(f"sample with: python sample.py --run {out} PROMPT")
     if world > 1:
         torch.distributed.barrier()           # while the first process still draws and scores
         torch.distributed.destroy_process_group()
