@@ -74,13 +74,13 @@ def grid(pictures, prompts, columns):
     return sheet
 
 def sample(
-    prompts: str = (),            # cut to the longest training caption; none: training captions
+    prompts: str = (),            # what to draw, cut like training captions; none: some of those
     run: str = "out/scenes",      # folder of a run, or a Hub repository
     out: str = "sample.png",      # a .png with all of them, or a folder for single files
     n: count = 1,                 # pictures for each prompt
     steps: count = 20,            # Euler steps; with more, velocity's clamp leaves a little noise
     guidance: weight = 2.0,       # guidance scale; 1 is none
-    guidance_mode: Literal["null", "self"] = "null",   # from the empty caption, or itself, routed
+    guidance_mode: Literal["null", "self"] = "null",   # away from the empty caption or routed self
     seed: natural = 0,            # of the first picture of each prompt, the next has seed + 1
     score: bool = False,          # report the prompt accuracy on 512 held-out scenes instead
 ):
