@@ -336,7 +336,8 @@ class DINOv2:
     """The vision transformer that REPA and P-DINO look through (arXiv 2304.07193): images (B, 3, H,
     W) in [-1, 1], H and W multiples of its patch size, to features (B, n, dim) of the patches."""
     def __init__(self, weights, folder, side=16):
-        config, self.weights = read_json(folder / "config.json"), weights
+        config, self.weights = json.loads((folder / "config.json").read_bytes()), weights
+        assert config["model_type"] == "dinov2", config["model_type"]   # none with registers
         self.heads, self.depth = config["num_attention_heads"], config["num_hidden_layers"]
         dim, _, _, self.patch = weights["embeddings.patch_embeddings.projection.weight"].shape
         self.shape, self.cells = (dim, side, side), 2 * [side * -(-16 // side)]      # 16 or more
@@ -350,8 +351,7 @@ class DINOv2:
         x = F.conv2d(x, *both("embeddings.patch_embeddings.projection"), self.patch)
         table = places[:, 1:].mT.unflatten(2, 2 * [math.isqrt(places.shape[1])])     # (1, D, h, w)
         x = (x + F.interpolate(table, x.shape[2:], mode="bicubic")).flatten(2).mT     # (B, n, D)
-        first = (w["embeddings.cls_token"] + places[:, :1]).expand(len(x), -1, -1)
-        x = torch.cat((first, x), dim=1)
+        x = torch.cat(((w["embeddings.cls_token"] + places[:, :1]).expand(len(x), -1, -1), x), 1)
         for layer in (f"encoder.layer.{number}" for number in range(self.depth)):
             y, name = norm(x, f"{layer}.norm1"), f"{layer}.attention"
             q, k, v = (F.linear(y, *both(f"{name}.attention.{part}")).unflatten(

@@ -23,8 +23,8 @@ def generate(model, text, null, noise, info, steps=20, guidance=2.0, mode="null"
     for t, next_t in zip(times, times[1:]):
         t_batch = t.expand(len(x))
         if mode == "self":                         # the same tokens stay for all of the batch
-            order = torch.randperm(x[0, 0].numel() // model.config.patch_size ** 2, generator=dice)
-            stay = order[:round(len(order) * (1 - (info["route"] or 0.5))) or 1].expand(len(x), -1)
+            ids = torch.randperm(x[0, 0].numel() // model.config.patch_size ** 2, generator=dice)
+            stay = ids[:round(len(ids) * (1 - (info.get("route") or 0.5))) or 1].expand(len(x), -1)
             outputs = model(x, t_batch, text), model(x, t_batch, text, None, stay.to(x.device))
         else:
             outputs = model(torch.cat((x, x)), t_batch.repeat(2), both).chunk(2)

@@ -68,7 +68,7 @@ class Cache(torch.utils.data.Dataset):
     """What prepare.py wrote, mapped into memory; what goes with every batch is on the device.
     Raises Refused where a file is missing or broken, or does not fit meta.json."""
     def __init__(self, folder, device, repa=0, pdino=0):
-        with refusing(f"{folder}/meta.json tells of no cache; make one with prepare.py"):
+        with refusing(f"{folder}/meta.json tells of no cache; prepare one in a new --out"):
             self.meta = meta = json.loads((folder / "meta.json").read_bytes())
             [meta[key] for key in ("source", "text", "examples")]           # are these there, too?
             statistics = torch.tensor([meta["mean"], meta["std"]], device=device)
