@@ -176,7 +176,7 @@ def list_parts(source, size=32, short=False, out="data/downloads"):
     raise Refused(f"{source} is neither a tar, a folder with pictures or tars, nor such on the Hub")
 
 def load_squares(items, size, min_size, min_words, max_aspect, **others):
-    """A batch of items as captions, pictures (B, size, size, 3) uint8, and the names left out."""
+    """A batch of items as captions, pictures (B, size, size, 3) uint8, and (name, why not)."""
     captions, pictures, left_out = [], [], []
     for name, text, load in items:
         try:

@@ -71,9 +71,9 @@ class Cache(torch.utils.data.Dataset):
         with refusing(f"{folder}/meta.json tells of no cache; prepare one in a new --out"):
             self.meta = meta = json.loads((folder / "meta.json").read_bytes())
             [meta[key] for key in ("source", "text", "examples")]           # are these there, too?
-            statistics = torch.tensor([meta["mean"], meta["std"]], device=device)
             if pdino and meta["codec"] != "pixels":
                 raise Refused("--pdino compares pictures, but these are latents; --repa takes both")
+            statistics = torch.tensor([meta["mean"], meta["std"]], device=device)
             self.mean, self.std = statistics.view(2, meta["latent_shape"][0], 1, 1)
             self.starts, self.shards = np.cumsum([0, *meta["shards"].values()]), []
             for name, pictures in meta["shards"].items():
