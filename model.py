@@ -1,274 +1,655 @@
-"""The PRX transformer (Photoroom and Hugging Face), the flow it is trained with, and its weights.
+"""Every network of nanoPRX: the PRX transformer, its flow, and the frozen ones that others trained.
 
-- only image tokens flow through the blocks; each block projects the text to keys and values anew
-- image queries attend to text and image keys in one attention call, RMSNorm on queries and keys
-- positions come from a 2-D rotary embedding of the image tokens; text tokens carry none
-- parameters carry the names of diffusers' `PRXTransformer2DModel`: weights go both ways unconverted
+Parameters carry the names of the public checkpoints, so that `load_state_dict` is the loader.
 """
-import contextlib, dataclasses, functools, json, math, os
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import re
+import unicodedata
 from pathlib import Path
-import numpy as np, torch, torch.nn as nn, torch.nn.functional as F
 
-class Refused(ValueError):
-    """Input that cannot be used; the text is the sentence that the user reads."""
+import huggingface_hub
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 
-@contextlib.contextmanager
-def refusing(sentence):
-    """Turn what is raised inside, which broken input does in many ways, into a Refused."""
-    try:
-        yield
-    except Exception as error:
-        reason = " ".join(str(error).split())[:600] if " " in str(error) else repr(error)
-        raise error if isinstance(error, Refused) else Refused(f"{sentence}: {reason}")
-# ------------------------------------------------------------------------------ the transformer
+
+class UserError(Exception):
+    """A user's mistake. The text is one sentence: what is wrong, where, and what to do."""
+
+
+# ---------------------------------------------------------------------------- the PRX transformer
 @dataclasses.dataclass
 class PRXConfig:
-    """Sizes of the network, under diffusers' names; the defaults are PRX-small's (1.2 B)."""
-    in_channels: int = 16            # channels of the latents, 3 for pixels
-    patch_size: int = 2              # a token is patch_size x patch_size latents
-    context_in_dim: int = 2304       # width of the text embeddings
+    """Sizes of the network, under diffusers' names. The defaults are PRX-small's (1.2 B)."""
+
+    in_channels: int = 16  # channels of the latents, 3 for pixels
+    patch_size: int = 2  # a token is patch_size x patch_size latents
+    context_in_dim: int = 2304  # width of the text embeddings
     hidden_size: int = 1792
     mlp_ratio: float = 3.5
     num_heads: int = 28
     depth: int = 16
-    axes_dim: tuple = (32, 32)       # rotary dimensions for rows and columns, together a head
+    axes_dim: tuple = (32, 32)  # rotary dimensions for rows and for columns, together a head
     theta: int = 10000
     time_factor: float = 1000.0
     time_max_period: int = 10000
     bottleneck_size: int | None = None
-    def __post_init__(self):
-        self.axes_dim = axes = tuple(self.axes_dim or (32, 32))
-        if any(dim % 2 for dim in axes) or sum(axes) * self.num_heads != self.hidden_size:
-            raise Refused(f"width {self.hidden_size} is no multiple of 4 x {self.num_heads} heads")
 
-@functools.lru_cache(maxsize=8)
-def rope_table(rows, columns, axes_dim, theta, device):
-    """Cosines and sines, each (rows * columns, 1, head_dim / 2), of the rotary embedding (arXiv
-    2104.09864): axes_dim[0] dimensions turn with the row, the others with the column."""
-    places = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))            # (L, 2)
-    rates = [1 / theta ** (torch.arange(0, dim, 2).double() / dim) for dim in axes_dim]
-    angles = torch.cat((places[:, :1] * rates[0], places[:, 1:] * rates[1]), dim=1)
-    return [table.float()[:, None].to(device) for table in (angles.cos(), angles.sin())]
 
-def apply_rope(x, rope):
-    """Turn each pair (a, b) in the last axis of x (B, L, ...) to (a cos - b sin, b cos + a sin)."""
-    (a, b), (cosines, sines) = x.unflatten(-1, (-1, 2)).unbind(-1), rope
-    return torch.stack((a * cosines - b * sines, b * cosines + a * sines), dim=-1).flatten(-2)
+def rope_angles(rows, columns, axes_dim, theta, device):
+    """Angles (rows * columns, d / 2) of the 2-D rotary embedding (arXiv 2104.09864): the first
+    axes_dim[0] dimensions of a head turn with a token's row, the others with its column."""
+    row = torch.arange(rows, device=device).repeat_interleave(columns)
+    column = torch.arange(columns, device=device).repeat(rows)
+    angles = []
+    for position, dim in ((row, axes_dim[0]), (column, axes_dim[1])):
+        rates = theta ** -(torch.arange(0, dim, 2, device=device) / dim)
+        angles.append(position[:, None] * rates)
+    return torch.cat(angles, dim=1)
+
+
+def apply_rope(x, angles):
+    """Turn each pair (a, b) in the last axis of x (B, heads, L, d) by its angle (..., L, d / 2)."""
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
+
+
+def split_heads(x, heads):
+    """(B, L, heads * d) to (B, heads, L, d)."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
 
 def modulate(x, shift, scale):
-    """LayerNorm of x (B, L, D), times 1 + scale, plus shift (B, 1, D), which the timestep gives."""
+    """LayerNorm of x (B, L, D), then times 1 + scale and plus shift, both (B, 1, D)."""
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
 
+
+class Attention(nn.Module):
+    """Image tokens look at text and image tokens in one call; text makes keys and values only."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.img_qkv_proj = nn.Linear(width, 3 * width, bias=False)
+        self.txt_kv_proj = nn.Linear(width, 2 * width, bias=False)
+        self.norm_q = nn.RMSNorm(width // heads, eps=1e-6)
+        self.norm_k = nn.RMSNorm(width // heads, eps=1e-6)
+        self.norm_added_k = nn.RMSNorm(width // heads, eps=1e-6)
+        self.to_out = nn.ModuleList([nn.Linear(width, width, bias=False)])
+
+    def forward(self, img, txt, angles, mask):
+        """img (B, L, D), txt (B, T, D), angles (..., L, d / 2) and mask (B, T) to (B, L, D)."""
+        qkv = self.img_qkv_proj(img)
+        # On a CPU flash attention is up to seven times slower in bf16 than in float32.
+        dtype = torch.float32 if img.device.type == "cpu" else qkv.dtype
+        q, k, v = split_heads(qkv.float(), 3 * self.heads).chunk(3, dim=1)
+        txt_k, txt_v = split_heads(self.txt_kv_proj(txt).float(), 2 * self.heads).chunk(2, dim=1)
+        q = apply_rope(self.norm_q(q), angles)
+        k = torch.cat((self.norm_added_k(txt_k), apply_rope(self.norm_k(k), angles)), dim=2)
+        v = torch.cat((txt_v, v), dim=2)  # (B, heads, T + L, d)
+        if mask is not None:  # image tokens are always seen
+            mask = F.pad(mask, (0, img.shape[1]), value=True)[:, None, None]
+        with torch.autocast(img.device.type, enabled=False):
+            out = F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype), mask)
+        return self.to_out[0](out.transpose(1, 2).flatten(2))
+
+
 class Block(nn.Module):
-    """Attention and a gated MLP over the image tokens (B, L, D). A shift, scale and gate for each
-    come from the timestep's vector (B, D) (DiT's adaLN-zero, arXiv 2212.09748)."""
+    """Attention and a gated MLP; the timestep gives each a shift, a scale and a gate (adaLN-zero
+    of DiT, arXiv 2212.09748)."""
+
     def __init__(self, config):
         super().__init__()
-        width, inner = config.hidden_size, int(config.hidden_size * config.mlp_ratio)
-        linear, self.heads = functools.partial(nn.Linear, bias=False), config.num_heads
-        norm = functools.partial(nn.RMSNorm, width // self.heads, eps=1e-6)
-        self.attention = nn.ModuleDict({
-            "img_qkv_proj": linear(width, 3 * width), "txt_kv_proj": linear(width, 2 * width),
-            "norm_q": norm(), "norm_k": norm(), "norm_added_k": norm(),
-            "to_out": nn.ModuleList([linear(width, width)])})
-        self.gate_proj, self.up_proj = linear(width, inner), linear(width, inner)
-        self.down_proj = linear(inner, width)
+        width = config.hidden_size
+        inner = int(width * config.mlp_ratio)
+        self.attention = Attention(width, config.num_heads)
+        self.gate_proj = nn.Linear(width, inner, bias=False)
+        self.up_proj = nn.Linear(width, inner, bias=False)
+        self.down_proj = nn.Linear(inner, width, bias=False)
         self.modulation = nn.ModuleDict({"lin": nn.Linear(width, 6 * width)})
-    def attend(self, img, txt, rope, mask):
-        """Image queries over text and image keys, which are normed and turned in float32."""
-        layers = self.attention
-        if mask is not None:                                  # text keys, then image keys
-            mask = F.pad(mask.bool(), (0, img.shape[1]), value=True)[:, None, None]
-        qkv, txt_kv = layers["img_qkv_proj"](img).float(), layers["txt_kv_proj"](txt).float()
-        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(2)         # (B, L, heads, head_dim)
-        txt_k, txt_v = txt_kv.unflatten(-1, (2, self.heads, -1)).unbind(2)
-        q, k = apply_rope(layers["norm_q"](q), rope), apply_rope(layers["norm_k"](k), rope)
-        k, v = torch.cat((layers["norm_added_k"](txt_k), k), dim=1), torch.cat((txt_v, v), dim=1)
-        q, k, v = (part.transpose(1, 2) for part in (q, k, v))           # (B, heads, L, head_dim)
-        with torch.autocast("cpu", enabled=False):     # the CPU's flash kernel is slower in bf16
-            out = F.scaled_dot_product_attention(q, k, v, mask)
-        return layers["to_out"][0](out.transpose(1, 2).flatten(2))
-    def forward(self, img, txt, vec, rope, mask):
-        modulation = self.modulation["lin"](F.silu(vec))[:, None]
+
+    def forward(self, img, txt, time, angles, mask):
+        """img (B, L, D), txt (B, T, D), time (B, D), angles and mask as for attention."""
+        modulation = self.modulation["lin"](F.silu(time))[:, None]  # (B, 1, 6 D)
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation.chunk(6, dim=-1)
-        img = torch.addcmul(img, gate, self.attend(modulate(img, shift, scale), txt, rope, mask))
-        x = modulate(img, mlp_shift, mlp_scale)
-        x = self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
-        return torch.addcmul(img, mlp_gate, x)
+        y = self.attention(modulate(img, shift, scale), txt, angles, mask)
+        img = torch.addcmul(img, gate, y)
+        y = modulate(img, mlp_shift, mlp_scale)
+        y = self.down_proj(F.gelu(self.gate_proj(y), approximate="tanh") * self.up_proj(y))
+        return torch.addcmul(img, mlp_gate, y)
+
 
 class PRX(nn.Module):
-    """The PRX transformer: noisy latents, timestep and text in, clean latents or velocity out."""
-    def __init__(self, config):
+    """The PRX transformer. repa_dim, the width of a teacher's features, adds REPA's projector
+    (arXiv 2410.06940; PRX: FID 18.20 to 14.64) behind the middle block."""
+
+    def __init__(self, config, repa_dim=None):
         super().__init__()
         self.config = config
-        patch_dim, width = config.in_channels * config.patch_size ** 2, config.hidden_size
-        self.img_in = nn.Linear(patch_dim, width) if not config.bottleneck_size else nn.Sequential(
-            nn.Linear(patch_dim, config.bottleneck_size), nn.Linear(config.bottleneck_size, width))
-        self.time_in = nn.ModuleDict({"in_layer": nn.Linear(256, width),
-                                      "out_layer": nn.Linear(width, width)})
+        width, neck = config.hidden_size, config.bottleneck_size
+        patch_dim = config.in_channels * config.patch_size**2
+        if neck is None:
+            self.img_in = nn.Linear(patch_dim, width)
+        else:
+            self.img_in = nn.Sequential(nn.Linear(patch_dim, neck), nn.Linear(neck, width))
+        time_layers = {"in_layer": nn.Linear(256, width), "out_layer": nn.Linear(width, width)}
+        self.time_in = nn.ModuleDict(time_layers)
         self.txt_in = nn.Linear(config.context_in_dim, width)
-        self.projector = None                       # of REPA (2410.06940), while it is trained
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
-        self.final_layer = nn.ModuleDict({
-            "adaLN_modulation": nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width)),
-            "linear": nn.Linear(width, patch_dim)})
-        for name, parameter in self.named_parameters():     # blocks begin as identities, the output
-            if "modulation" in name or "final_layer" in name:                           # as zeros
-                nn.init.zeros_(parameter)
-    def forward(self, x, t, text, mask=None, stay=None):
-        """x (B, C, H, W) noisy latents, t (B,) in [0, 1], 1 being noise, and text (B, L, D) to
-        clean latents or velocity (B, C, H, W), with a projector also to what it makes of the middle
-        tokens. Rows of zeros in text are padding; they become the bias of `txt_in`, a token that
-        the model learns to ignore, so that attention can take the flash kernel. mask (B, L), False
-        at padding, is for models trained with one.
-        stay (B, S) numbers the image tokens that do not skip the middle blocks (TREAD, 2501.04765;
-        PRX: FID 18.20 to 21.61 at 256 px; it helps at 1024 px, 14.10). With stay = [[4, 1]]:
-            0 1 2 3 4 5 -> first blocks -> 0   2 3   5 --------------------> 0 1 2 3 4 5 -> last one
-                                             4     1   -> middle blocks -> 4 1                   """
-        grid = [side // self.config.patch_size for side in x.shape[2:]]
-        rope = rope_table(*grid, self.config.axes_dim, self.config.theta, x.device)
-        return self.body(x, t, text, mask, stay, grid, rope)
-    def body(self, x, t, text, mask, stay, grid, rope):             # what torch.compile is given
-        x = F.pixel_unshuffle(x, self.config.patch_size)                        # (B, C p p, h, w)
-        img, txt = self.img_in(x.flatten(2).mT), self.txt_in(text)              # (B, h w, D)
-        rates = torch.arange(128, device=t.device) / -128 * math.log(self.config.time_max_period)
-        angles = (t.float() * self.config.time_factor)[:, None] * rates.exp()         # 1706.03762
-        vec = torch.cat((angles.cos(), angles.sin()), dim=-1)                           # (B, 256)
-        vec = self.time_in["out_layer"](F.silu(self.time_in["in_layer"](vec)))
-        routed, middle = stay is not None and stay.shape[1] < img.shape[1], None
-        first, last = min(2, len(self.blocks) // 3), max(0, len(self.blocks) - 2)  # routed blocks
+        modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+        final_layers = {"adaLN_modulation": modulation, "linear": nn.Linear(width, patch_dim)}
+        self.final_layer = nn.ModuleDict(final_layers)
+        for name, parameter in self.named_parameters():
+            if "modulation" in name or "final_layer" in name:
+                nn.init.zeros_(parameter)  # blocks begin as the identity, the output as 0
+        self.projector = None
+        if repa_dim is not None:
+            layers = [nn.Linear(width, repa_dim), nn.SiLU(), nn.Linear(repa_dim, repa_dim)]
+            self.projector = nn.Sequential(*layers, nn.SiLU(), nn.Linear(repa_dim, repa_dim))
+
+    def forward(self, x, t, text, mask=None, keep=None):
+        """Noisy latents x (B, C, H, W), timesteps t (B,) in [0, 1], 1 being noise, and text
+        (B, T, D) to clean latents or velocity (B, C, H, W), whichever was trained.
+
+        Rows of zeros in text are padding: `txt_in` makes them a token that the model learns to
+        ignore, so that attention takes the flash kernel, which has no mask. mask (B, T), True at
+        text, hides others. keep (B, S) numbers the tokens that stay in the routed blocks (TREAD,
+        arXiv 2501.04765; PRX: FID 18.20 to 21.61 at 256 px, 17.42 to 14.10 at 1024), as [[1, 4]]:
+
+            0 1 2 3 4 5 -> first blocks -> 0   2 3   5 -----------------> 0 1 2 3 4 5 -> last ones
+                                             1     4   -> routed blocks -> 1     4
+
+        In training mode a projector's features of the tokens (B, L or S, repa_dim) come second.
+        """
+        patch = self.config.patch_size
+        rows, columns = x.shape[2] // patch, x.shape[3] // patch
+        img = self.img_in(F.pixel_unshuffle(x, patch).flatten(2).mT)  # (B, L, D)
+        txt = self.txt_in(text)
+        time = self.embed_timesteps(t)
+        all_angles = rope_angles(rows, columns, self.config.axes_dim, self.config.theta, x.device)
+        angles = all_angles
+        features = None
+        # TREAD routes blocks 2 to 12 of 16 as PRX, alike in other depths, and never the last one.
+        depth = len(self.blocks)
+        first, last = min(2, depth // 3), max(0, min(depth * 3 // 4, depth - 2))
         for number, block in enumerate(self.blocks):
-            if routed and number == first:
-                rows, all_img, all_rope = stay[..., None].expand(-1, -1, img.shape[2]), img, rope
-                img, rope = img.gather(1, rows), [table[stay] for table in rope]
-            img = block(img, txt, vec, rope, mask)
-            if self.projector and number == max(0, len(self.blocks) // 2 - 1):
-                middle = self.projector(img)                                    # (B, L or S, dim)
-            if routed and number == last:
-                img, rope = all_img.scatter(1, rows, img), all_rope
-        shift, scale = self.final_layer["adaLN_modulation"](vec)[:, None].chunk(2, dim=-1)
-        x = self.final_layer["linear"](modulate(img, shift, scale)).mT          # (B, C p p, h w)
-        x = F.pixel_shuffle(x.unflatten(2, grid), self.config.patch_size)       # (B, C, H, W)
-        return x if middle is None else (x, middle)
+            if keep is not None and number == first:
+                all_img = img
+                kept_rows = keep[:, :, None].expand(-1, -1, img.shape[2])  # (B, S, D)
+                img = img.gather(1, kept_rows)
+                angles = all_angles[keep][:, None]  # (B, 1, S, d / 2)
+            img = block(img, txt, time, angles, mask)
+            is_middle = number == max(0, depth // 2 - 1)  # the 8th of 16, as in PRX
+            if is_middle and self.projector is not None and self.training:
+                features = self.projector(img)
+            if keep is not None and number == last:
+                img = all_img.scatter(1, kept_rows, img)
+                angles = all_angles
+        shift, scale = self.final_layer["adaLN_modulation"](time)[:, None].chunk(2, dim=-1)
+        img = self.final_layer["linear"](modulate(img, shift, scale))  # (B, L, C * patch * patch)
+        output = F.pixel_shuffle(img.mT.unflatten(2, (rows, columns)), patch)
+        return output if features is None else (output, features)
+
+    def embed_timesteps(self, t):
+        """Cosines and sines of t (B,) at 128 rates (arXiv 1706.03762), and two layers: (B, D)."""
+        exponents = torch.arange(128, device=t.device) / 128
+        rates = torch.exp(-math.log(self.config.time_max_period) * exponents)
+        angles = (t.float() * self.config.time_factor)[:, None] * rates
+        waves = torch.cat((angles.cos(), angles.sin()), dim=-1)
+        return self.time_in["out_layer"](F.silu(self.time_in["in_layer"](waves)))
+
     @classmethod
-    def from_pretrained(cls, source):
-        """The model in a folder or Hub repository in diffusers' layout, in a run's `ema/` or in a
-        pipeline's `transformer/`. Raises Refused where something is missing or does not fit."""
-        folder = fetch(source, "*config.json", "*diffusion_pytorch_model*.safetensors")
-        config = read_json(folder / "config.json")
-        sizes = {name: config[name] for name in PRXConfig.__annotations__ if name in config}
-        with refusing(f"{folder} does not hold a PRX"):
-            model = cls(PRXConfig(**sizes))
-            model.load_state_dict(read_safetensors(*sorted(folder.glob("diffusion*.safetensors"))))
-        return model
+    def from_pretrained(cls, folder):
+        """The model in a folder of diffusers' layout. Raises UserError if it holds none."""
+        saved = read_json(Path(folder) / "config.json")
+        names = [field.name for field in dataclasses.fields(PRXConfig)]
+        with torch.device("meta"):
+            model = cls(PRXConfig(**{name: saved[name] for name in names if name in saved}))
+        return load_weights(model, read_weights(folder), folder)
+
     def save_pretrained(self, folder):
-        """Write `config.json` and `diffusion_pytorch_model.safetensors` for diffusers and us."""
-        write_safetensors(f"{folder}/diffusion_pytorch_model.safetensors", self.state_dict())
-        write_json(f"{folder}/config.json",
-                   {"_class_name": "PRXTransformer2DModel", **dataclasses.asdict(self.config)})
-# ------------------------------------------------------------------------------------ the flow
-# x_t = (1 - t) x + t noise leads from a picture x to noise; its velocity is noise - x (2209.03003)
+        """Write config and weights, without REPA's projector, for diffusers and for us."""
+        weights = {
+            name: weight.float().cpu().contiguous()
+            for name, weight in self.state_dict().items()
+            if not name.startswith("projector.")
+        }
+        with whole_file(Path(folder) / "diffusion_pytorch_model.safetensors") as file:
+            file.write(save(weights, metadata={"format": "pt"}))
+        config = {"_class_name": "PRXTransformer2DModel", **dataclasses.asdict(self.config)}
+        write_json(Path(folder) / "config.json", config)
+
+
+# --------------------------------------------------------------------------------------- the flow
+# x_t = (1 - t) x + t noise leads straight from a picture x (t = 0) to noise (t = 1). Its velocity,
+# noise - x, is the same all along the line (rectified flow, arXiv 2209.03003).
+def velocity(output, x_t, t, predict, t_floor=0.0):
+    """The velocity that a model's output (B, C, H, W) at x_t and t (B,) stands for: itself ("v"),
+    or that from a clean picture ("x"; JiT, 2511.13720), for which t is clamped at t_floor, since
+    near t = 0 the division blows up small errors."""
+    if predict == "v":
+        return output
+    return (x_t - output) / t.clamp(min=t_floor)[:, None, None, None]
+
+
 def shift_time(t, shift):
-    """Move timesteps in [0, 1] towards the noise, as large pictures need it (SD3, 2403.03206)."""
+    """Move timesteps t in [0, 1] towards noise, as large pictures need it (SD3, 2403.03206)."""
     return shift * t / (1 + (shift - 1) * t)
 
-def sample_timesteps(n, shift, generator):
-    """n timesteps on the generator's device: sigmoids of a normal (SD3), three in ten uniform (PRX:
-    one), shifted, never below 1e-3. Their quantiles are evenly spaced (VDM, 2107.00630)."""
-    start, rare = torch.rand(2, n, generator=generator, device=generator.device)
-    uniform = (torch.arange(n, device=generator.device) / n + start[0]) % 1
-    normal = 2 ** 0.5 * torch.erfinv(2 * uniform - 1)  # the normal's quantile (MPS lacks ndtri)
-    return shift_time(torch.where(rare < 0.3, uniform, normal.sigmoid()), shift).clamp(min=1e-3)
 
-def velocity(output, x_t, t, predict, t_floor=0.05):
-    """The velocity that an output at x_t (B, C, H, W) and t (B,) stands for: itself for "v", for
-    "x" derived from the clean picture (JiT, 2511.13720), t clamped near 0 as JiT and PRX do."""
-    return output if predict == "v" else (x_t - output) / t.clamp(min=t_floor)[:, None, None, None]
-# ----------------------------------------------------------------------------- device and files
-def pick_device(dtype="auto"):
-    """The device, CUDA before Apple's MPS before the CPU, and its autocast to bf16, which is off if
-    dtype is "fp32", or "auto" where the device does not compute well in bf16."""
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.getenv("LOCAL_RANK", 0)))               # of torchrun
-        torch.cuda.set_device(device)
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif torch.backends.mps.is_available():
-        device, bf16 = torch.device("mps"), False
-    else:
-        device, has = torch.device("cpu"), torch.cpu.get_capabilities().get
-        bf16 = has("amx_bf16") or has("avx512_bf16") and "Intel" not in str(has("cpu_name"))
-    bf16 = bool(bf16) if dtype == "auto" else dtype == "bf16"   # Intel's without AMX are slow at it
-    return device, torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+def sample_timesteps(n, shift, generator):
+    """n timesteps in [0.001, 1]: sigmoids of a normal (SD3), but three in ten uniform (PRX: one),
+    shifted. Their quantiles are evenly spaced (VDM, arXiv 2107.00630), which calms the loss."""
+    device = generator.device
+    start = torch.rand(1, generator=generator, device=device)
+    quantiles = (torch.arange(n, device=device) / n + start) % 1
+    normal = math.sqrt(2) * torch.erfinv(2 * quantiles - 1)  # its inverse distribution function
+    is_uniform = torch.rand(n, generator=generator, device=device) < 0.3
+    return shift_time(torch.where(is_uniform, quantiles, normal.sigmoid()), shift).clamp(min=1e-3)
+
+
+# ------------------------------------------------------------------------------- device and files
+@dataclasses.dataclass
+class Compute:
+    """A device, and the type in which it multiplies matrices (for attention see `Attention`)."""
+
+    device: torch.device
+    dtype: torch.dtype  # bfloat16, float32, or float16, which wants a GradScaler
+
+    def autocast(self):
+        """A context in which matrix products run in `dtype`."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+
+def pick_device(device="auto", dtype="auto"):
+    """The Compute for a device and a type by name: the one place that knows what devices are good
+    at. "auto" is CUDA, else MPS, else the CPU. Raises UserError if the device is not there."""
+    is_available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
+    if device == "auto":
+        device = next((name for name, check in is_available.items() if check()), "cpu")
+    elif device != "cpu" and not is_available[device]():
+        raise UserError(f"--device {device}: torch {torch.__version__} finds no such device here")
+    best = "fp32"
+    if device == "cuda":
+        torch.cuda.set_device(int(os.getenv("LOCAL_RANK", "0")))  # which torchrun sets
+        torch.set_float32_matmul_precision("high")  # TF32
+        best = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if device == "cpu":
+        # A CPU without bf16 units emulates them, 50 times slower than float32. Intel's AVX-512
+        # without AMX has them and is slower all the same. (Old versions of torch cannot tell.)
+        found = getattr(torch.cpu, "get_capabilities", dict)()
+        is_intel = "Intel" in str(found.get("cpu_name"))
+        if found.get("amx_bf16") or (found.get("avx512_bf16") and not is_intel):
+            best = "bf16"
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    return Compute(torch.device(device), dtypes[best if dtype == "auto" else dtype])
+
 
 @contextlib.contextmanager
 def whole_file(path):
-    """A binary file to write to, which gets its name only once it is complete."""
+    """A binary file to write to, which gets its name when it is complete and on the disk; what had
+    that name is there until then. Raises UserError if it cannot be written."""
     partial = Path(f"{path}.partial")
-    partial.parent.mkdir(parents=True, exist_ok=True)
     try:
+        partial.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb") as file:
             yield file
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(partial, path)
-    except RuntimeError as error:       # torch.save's, which hides what the disk said behind it
-        raise error.__context__ if isinstance(error.__context__, OSError) else error
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
+
 
 def write_json(path, value):
     """Write value as JSON, whole or not at all."""
     with whole_file(path) as file:
         file.write(json.dumps(value, indent=2, ensure_ascii=False).encode())
 
+
 def read_json(path):
-    """The object in a JSON file. Raises Refused where it is missing or broken."""
-    with refusing(f"{path} cannot be used"):
-        return dict(json.loads(Path(path).read_bytes()).items())
+    """The object in a JSON file. Raises UserError if it is missing or broken."""
+    try:
+        return dict(json.loads(Path(path).read_text("utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path} holds no JSON object: {error}") from error
+
 
 def fetch(source, *patterns):
-    """The folder `source`, or that into which the files of a Hub repository that match the patterns
-    were downloaded; in it `ema/` or `transformer/`, if it has one. Raises Refused."""
-    folder = Path(source) if Path(source).is_dir() else Path(
-        ask_hub("snapshot_download", str(source), allow_patterns=patterns))
-    return next(filter(Path.is_dir, (folder / "ema", folder / "transformer")), folder)
+    """The folder `source`, or the one with a Hub repository's files of such names. Raises UserError
+    if there is neither."""
+    if Path(source).is_dir():
+        return Path(source)
+    try:
+        return Path(huggingface_hub.snapshot_download(source, allow_patterns=patterns))
+    except Exception as error:  # the library lets through what three others raise
+        raise UserError(
+            f"{source} is no folder, and the Hub does not give it ({type(error).__name__}); check "
+            "name and network, and log in (hf auth login) if it is private or gated"
+        ) from error
 
-def ask_hub(function, repository, *files, **how):
-    """What a function of huggingface_hub gives for a repository there. Raises Refused."""
-    import huggingface_hub                                          # slow to import, seldom needed
-    with refusing(f"{' in '.join((*files, repository))} is not here, and the Hub does not give it; "
-                  "check name and network, log in (hf auth login) if it is private or gated"):
-        return getattr(huggingface_hub, function)(repository, *files, **how)
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-          "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
+def read_weights(folder):
+    """The tensors in a folder's safetensors files, mapped from disk. Raises UserError."""
+    weights = {}
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        try:
+            weights.update(load_file(path))
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} is not a whole safetensors file: {error}") from error
+    return weights
 
-def read_safetensors(*paths):
-    """The tensors of safetensors files by name, mapped into memory. The format: an 8-byte length,
-    a JSON header of dtypes, shapes and offsets, raw bytes without gaps. Raises Refused."""
-    tensors = {}
-    for path in paths:
-        with refusing(f"{path} is not a whole safetensors file"):
-            data = np.memmap(path, np.uint8, "c")      # "c": what is written to is copied
-            length = int.from_bytes(data[:8].tobytes(), "little")
-            header, data = json.loads(data[8:8 + length].tobytes()), data[8 + length:]
-            header.pop("__metadata__", None)
-            begins, ends = zip(*sorted(entry["data_offsets"] for entry in header.values()))
-            if (*begins, len(data)) != (0, *ends):
-                raise ValueError("the tensors do not lie one behind the other to the end")
-            for name, entry in header.items():
-                raw = torch.from_numpy(data[slice(*entry["data_offsets"])])
-                tensors[name] = raw.view(DTYPES[entry["dtype"]]).view(entry["shape"])
-    return tensors
 
-def write_safetensors(path, tensors):
-    """Write tensors by name as a safetensors file, whole or not at all."""
-    names = {dtype: name for name, dtype in DTYPES.items()}
-    ends = np.cumsum([tensor.nbytes for tensor in tensors.values()]).tolist()
-    header = {name: {"dtype": names[tensor.dtype], "shape": list(tensor.shape),
-                     "data_offsets": [end - tensor.nbytes, end]}
-              for (name, tensor), end in zip(tensors.items(), ends)}
-    text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
-    text += b" " * (-len(text) % 8)
-    with whole_file(path) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors.values():
-            file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+def load_weights(network, weights, source, compute=None):
+    """Put weights into a network. With compute it is frozen, and there: in bf16 on a GPU that has
+    it; on a CPU float32 stays on the disk and is read when used. Raises UserError if names or
+    shapes do not fit."""
+    try:
+        network.load_state_dict(weights, assign=True)  # so it may be on the "meta" device
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:600]
+        raise UserError(f"the weights in {source} do not fit: {reason}") from error
+    if compute is None:
+        return network.float()
+    is_bf16 = compute.device.type == "cuda" and compute.dtype == torch.bfloat16
+    dtype = torch.bfloat16 if is_bf16 else torch.float32
+    return network.to(compute.device, dtype).eval().requires_grad_(False)
+
+
+# ---------------------------------------------------------------------------- pictures to latents
+class Pixels:
+    """The codec that leaves pictures as they are; the cache keeps them as uint8."""
+
+    channels, factor, stored_dtype = 3, 1, "uint8"
+
+    def encode(self, images):
+        """Images (B, 3, H, W) in [-1, 1] to the same."""
+        return images
+
+    decode = encode
+
+
+class TinyBlock(nn.Module):
+    """Three convolutions that the input also goes around; taef2's smallest blocks have a pool."""
+
+    def __init__(self, has_pool=False):
+        super().__init__()
+        a, b, c = (nn.Conv2d(64, 64, 3, padding=1) for _ in range(3))
+        self.conv = nn.Sequential(a, nn.ReLU(), b, nn.ReLU(), c)
+        self.pool = None
+        if has_pool:
+            widen, narrow = nn.Conv2d(64, 256, 1, bias=False), nn.Conv2d(256, 64, 1, bias=False)
+            self.pool = nn.Sequential(widen, nn.GroupNorm(4, 256), nn.ReLU(), narrow)
+
+    def forward(self, x):
+        """x (B, 64, H, W)."""
+        if self.pool is not None:
+            x = x + self.pool(x)
+        return F.relu(x + self.conv(x))
+
+
+class TinyAutoencoder(nn.Module):
+    """TAESD and its kin (github.com/madebyollin/taesd): 8 x 8 pixels become one latent."""
+
+    factor, stored_dtype = 8, "float16"
+
+    def __init__(self, channels, has_pool):
+        super().__init__()
+        self.channels = channels
+        encoder = [nn.Conv2d(3, 64, 3, padding=1), TinyBlock()]
+        decoder = [nn.Conv2d(channels, 64, 3, padding=1), nn.ReLU()]
+        for stage in range(3):
+            encoder += [nn.Conv2d(64, 64, 3, stride=2, padding=1, bias=False)]
+            encoder += [TinyBlock(has_pool and stage == 2) for _ in range(3)]
+            decoder += [TinyBlock(has_pool and stage == 0) for _ in range(3)]
+            decoder += [nn.Upsample(scale_factor=2), nn.Conv2d(64, 64, 3, padding=1, bias=False)]
+        encoder += [nn.Conv2d(64, channels, 3, padding=1)]
+        decoder += [TinyBlock(), nn.Conv2d(64, 3, 3, padding=1)]
+        self.encoder = nn.ModuleDict({"layers": nn.Sequential(*encoder)})
+        self.decoder = nn.ModuleDict({"layers": nn.Sequential(*decoder)})
+
+    def encode(self, images):
+        """Images (B, 3, H, W) in [-1, 1] to latents (B, channels, H / 8, W / 8)."""
+        layers = self.encoder["layers"]
+        return layers((images / 2 + 0.5).to(layers[0].weight))
+
+    def decode(self, latents):
+        """Latents to images, whose values may lie a little outside of [-1, 1]."""
+        layers = self.decoder["layers"]
+        return layers((torch.tanh(latents / 3) * 3).to(layers[0].weight)) * 2 - 1
+
+
+def load_codec(name, compute):
+    """The codec of that name: pixels, or a tiny autoencoder (taesd, taesdxl, taesd3, taef1, taef2,
+    a folder, or another Hub repository). Raises UserError."""
+    if name == "pixels":
+        return Pixels()
+    source = name if Path(name).is_dir() or "/" in name else f"madebyollin/{name}"
+    weights = read_weights(fetch(source, "diffusion_pytorch_model.safetensors", "taef2*"))
+    if "encoder.layers.14.bias" not in weights:
+        raise UserError(f"{source} holds no tiny autoencoder; taef2 and taesd are such")
+    with torch.device("meta"):
+        has_pool = "decoder.layers.2.pool.0.weight" in weights
+        network = TinyAutoencoder(len(weights["encoder.layers.14.bias"]), has_pool)
+    return load_weights(network, weights, source, compute)
+
+
+# ----------------------------------------------------------------- frozen: captions to embeddings
+class Words:
+    """Text embeddings that need no download, for captions of a few hundred different words.
+
+    A word is a random vector seeded by its spelling (the hashing trick, arXiv 0902.2206), a token
+    a word beside its left and right neighbours, so that "red circle" is not "circle red".
+    """
+
+    dim = 3 * 32
+
+    def __init__(self, max_tokens):
+        self.max_tokens = max_tokens
+
+    def tokenize(self, text):
+        """Its words in lower case, without articles; Chinese and Japanese by the character."""
+        text = unicodedata.normalize("NFC", text.lower())
+        alone = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+        marks = "\u0300-\u036f\u0900-\u0dff\u0e31-\u0e4e"  # accents, vowels of Hindi and Thai
+        words = re.findall(rf"[{alone}]|(?:(?![{alone}])[\w{marks}])+", text)
+        return [word for word in words if word not in ("a", "an", "the")]
+
+    def encode(self, captions):
+        """A list of (L, 96), L <= max_tokens; of the empty caption L is 0."""
+        embeddings = []
+        for caption in captions:
+            words = self.tokenize(caption)[: self.max_tokens]
+            digests = [hashlib.shake_256(word.encode()).digest(32) for word in words]
+            vectors = np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32)
+            vectors = (vectors / 127.5 - 1) * math.sqrt(3)  # uniform, of variance 1
+            padded = np.pad(vectors, [(1, 1), (0, 0)])
+            tokens = np.hstack((vectors, padded[:-2], padded[2:]))
+            embeddings.append(torch.from_numpy(tokens).float())
+        return embeddings
+
+
+class T5(nn.Module):
+    """The encoder of a T5 v1.1 (arXiv 1910.10683, 2002.05202) such as google/flan-t5-base."""
+
+    unknown, end = 2, 1  # ids
+
+    def __init__(self, config, vocabulary, max_tokens):
+        super().__init__()
+        self.dim, self.heads, self.max_tokens = config["d_model"], config["num_heads"], max_tokens
+        self.pieces = {piece: (score, id) for id, (piece, score) in enumerate(vocabulary)}
+        self.shared = nn.Embedding(config["vocab_size"], self.dim)
+        inner, wide, blocks = self.heads * config["d_kv"], config["d_ff"], nn.ModuleList()
+        for _ in range(config["num_layers"]):
+            attention = nn.ModuleDict({x: nn.Linear(self.dim, inner, bias=False) for x in "qkv"})
+            attention["o"] = nn.Linear(inner, self.dim, bias=False)
+            mlp = {x: nn.Linear(self.dim, wide, bias=False) for x in ("wi_0", "wi_1")}
+            mlp["wo"] = nn.Linear(wide, self.dim, bias=False)
+            halves = {"SelfAttention": attention}, {"DenseReluDense": nn.ModuleDict(mlp)}
+            norms = [{"layer_norm": nn.RMSNorm(self.dim, eps=1e-6)} for _ in halves]
+            layer = [nn.ModuleDict(half | norm) for half, norm in zip(halves, norms, strict=True)]
+            blocks.append(nn.ModuleDict({"layer": nn.ModuleList(layer)}))
+        first = blocks[0]["layer"][0]["SelfAttention"]
+        first["relative_attention_bias"] = nn.Embedding(32, self.heads)
+        self.encoder = nn.ModuleDict({"block": blocks})
+        self.encoder["final_layer_norm"] = nn.RMSNorm(self.dim, eps=1e-6)
+
+    def tokenize(self, text):
+        """The ids of a text's pieces, and of the end."""
+        text = re.sub("[\1-\10\13\16-\37\177\x8f\x9f]", "", text)  # control characters
+        text = re.sub("[\u1680\u200b-\u200f\u2581\ufeff\ufffd]", " ", text)
+        # The tokenizer's own table is NFKC, except that it leaves the wide tilde alone.
+        text = "～".join(unicodedata.normalize("NFKC", part) for part in text.split("～"))
+        return [id for word in text.split() for id in self.split_word("▁" + word)] + [self.end]
+
+    def split_word(self, word):
+        """The most probable pieces, by Viterbi's algorithm (arXiv 1804.10959): the best split of
+        each beginning of the word is that of a shorter one and one more piece."""
+        best = [(0.0, [])]  # score and ids for the first 0, 1, 2, ... letters
+        for stop in range(1, len(word) + 1):
+            score, ids = best[stop - 1]
+            unknown = [] if ids[-1:] == [self.unknown] else [self.unknown]  # neighbours are one
+            candidates = [(score - 100, ids + unknown)]
+            for start in range(max(0, stop - 16), stop):  # no piece is longer
+                if word[start:stop] in self.pieces:
+                    piece_score, id = self.pieces[word[start:stop]]
+                    candidates.append((best[start][0] + piece_score, [*best[start][1], id]))
+            best.append(max(candidates))
+        return best[-1][1]
+
+    @torch.no_grad()
+    def encode(self, captions):
+        """A list of (L, dim), L <= max_tokens; the end stays when a caption is cut."""
+        ids = [self.tokenize(caption) for caption in captions]
+        rows = [torch.tensor(row[:-1][: self.max_tokens - 1] + [self.end]) for row in ids]
+        padded = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
+        device = self.shared.weight.device
+        with torch.autocast(device.type, enabled=False):  # T5 overflows in float16
+            embeddings = self(padded.to(device))
+        return [embedding[: len(row)] for embedding, row in zip(embeddings, rows, strict=True)]
+
+    def forward(self, ids):
+        """ids (B, L), -1 at padding, to (B, L, dim)."""
+        positions = torch.arange(ids.shape[1])
+        distance = positions - positions[:, None]  # (L, L)
+        # The table of biases has 16 rows a direction, for distances from these on.
+        starts = torch.tensor([1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 23, 32, 46, 64, 91])
+        row = torch.bucketize(distance.abs(), starts, right=True) + 16 * (distance > 0)
+        table = self.encoder["block"][0]["layer"][0]["SelfAttention"]["relative_attention_bias"]
+        bias = table(row.to(ids.device)).permute(2, 0, 1)  # (heads, L, L)
+        bias = bias.masked_fill((ids < 0)[:, None, None], -math.inf)
+        x = self.shared(ids.clamp(min=0))
+        for block in self.encoder["block"]:
+            attention, mlp = block["layer"][0]["SelfAttention"], block["layer"][1]["DenseReluDense"]
+            y = block["layer"][0]["layer_norm"](x)
+            q, k, v = (split_heads(attention[name](y), self.heads) for name in "qkv")
+            y = F.scaled_dot_product_attention(q, k, v, bias, scale=1.0)  # T5 does not scale
+            x = x + attention["o"](y.transpose(1, 2).flatten(2))
+            y = block["layer"][1]["layer_norm"](x)
+            x = x + mlp["wo"](F.gelu(mlp["wi_0"](y), approximate="tanh") * mlp["wi_1"](y))
+        return self.encoder["final_layer_norm"](x)
+
+
+def load_text_encoder(name, compute, max_tokens):
+    """The text encoder of that name: words, or the T5 in a folder or Hub repository. Its `encode`
+    makes of captions a list of (L, dim), L <= max_tokens. Raises UserError."""
+    if name == "words":
+        return Words(max_tokens)
+    folder = fetch(name, "config.json", "tokenizer.json", "model*.safetensors")
+    config, tokenizer = read_json(folder / "config.json"), read_json(folder / "tokenizer.json")
+    if config.get("model_type") != "t5" or "gated" not in config.get("feed_forward_proj", ""):
+        raise UserError(f"{name} holds no T5 v1.1, such as google/flan-t5-base is")
+    with torch.device("meta"):
+        network = T5(config, tokenizer["model"]["vocab"], max_tokens)
+    known = network.state_dict().keys()  # a file may hold the decoder, too
+    weights = {key: value for key, value in read_weights(folder).items() if key in known}
+    return load_weights(network, weights, name, compute)
+
+
+def pad(embeddings, tokens):
+    """A list of (L, D), L <= tokens, filled up with rows of zeros, as one (B, tokens, D)."""
+    return torch.stack([F.pad(each, (0, 0, 0, tokens - len(each))) for each in embeddings])
+
+
+# --------------------------------------------------------------------- frozen: pictures to features
+class DINOv2(nn.Module):
+    """The vision transformer whose features REPA aims at (arXiv 2304.07193)."""
+
+    def __init__(self, config):
+        super().__init__()
+        width, self.patch = config["hidden_size"], config["patch_size"]
+        self.dim, self.heads = width, config["num_attention_heads"]
+        places = 1 + (config["image_size"] // self.patch) ** 2
+        shapes = {"cls_token": (1, 1, width), "position_embeddings": (1, places, width)}
+        shapes["mask_token"] = (1, width)  # of its own training
+        tables = {name: nn.Parameter(torch.zeros(shape)) for name, shape in shapes.items()}
+        self.embeddings = nn.ParameterDict(tables)
+        projection = nn.Conv2d(3, width, self.patch, self.patch)
+        self.embeddings.patch_embeddings = nn.ModuleDict({"projection": projection})
+        layers = nn.ModuleList()
+        for _ in range(config["num_hidden_layers"]):
+            qkv = {name: nn.Linear(width, width) for name in ("query", "key", "value")}
+            output = nn.ModuleDict({"dense": nn.Linear(width, width)})
+            mlp = {"fc1": nn.Linear(width, 4 * width), "fc2": nn.Linear(4 * width, width)}
+            layer = nn.ModuleDict({"mlp": nn.ModuleDict(mlp)})
+            layer["attention"] = nn.ModuleDict({"attention": nn.ModuleDict(qkv), "output": output})
+            for n in (1, 2):
+                layer[f"norm{n}"] = nn.LayerNorm(width, eps=1e-6)
+                layer[f"layer_scale{n}"] = nn.ParameterDict({"lambda1": torch.ones(width)})
+            layers.append(layer)
+        self.encoder = nn.ModuleDict({"layer": layers})
+        self.layernorm = nn.LayerNorm(width, eps=1e-6)
+
+    def forward(self, images):
+        """Images (B, 3, H, W) in [-1, 1] to features (B, dim, H / patch, W / patch)."""
+        mean = images.new_tensor([0.485, 0.456, 0.406])[:, None, None]  # ImageNet's
+        std = images.new_tensor([0.229, 0.224, 0.225])[:, None, None]
+        projection = self.embeddings.patch_embeddings["projection"]
+        x = projection(((images / 2 + 0.5 - mean) / std).to(projection.weight))
+        places = self.embeddings["position_embeddings"]  # of one size of picture, so interpolated
+        table = places[:, 1:].mT.unflatten(2, (math.isqrt(places.shape[1]), -1)).float()
+        x = x + F.interpolate(table, x.shape[2:], mode="bicubic").to(x)
+        class_token = (self.embeddings["cls_token"] + places[:, :1]).expand(len(x), -1, -1)
+        tokens = torch.cat((class_token, x.flatten(2).mT), dim=1)  # (B, 1 + h w, D)
+        for layer in self.encoder["layer"]:
+            y = layer["norm1"](tokens)
+            qkv = layer["attention"]["attention"].values()
+            q, k, v = (split_heads(linear(y), self.heads) for linear in qkv)
+            y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+            y = layer["attention"]["output"]["dense"](y)
+            tokens = tokens + layer["layer_scale1"]["lambda1"] * y
+            y = layer["mlp"]["fc2"](F.gelu(layer["mlp"]["fc1"](layer["norm2"](tokens))))
+            tokens = tokens + layer["layer_scale2"]["lambda1"] * y
+        return self.layernorm(tokens)[:, 1:].mT.unflatten(2, x.shape[2:])  # without the class
+
+    @torch.no_grad()
+    def features(self, images, side):
+        """Features (B, dim, side, side) of square images, of 16 patches or more, averaged."""
+        size = side * math.ceil(16 / side) * self.patch
+        shrinks = images.shape[3] > size
+        images = F.interpolate(images, (size, size), mode="bicubic", antialias=shrinks)
+        return F.adaptive_avg_pool2d(self(images).float(), side)
+
+
+def load_teacher(name, compute):
+    """The DINOv2 in a folder or Hub repository. Raises UserError."""
+    folder = fetch(name, "config.json", "model.safetensors")
+    config = read_json(folder / "config.json")
+    if config.get("model_type") != "dinov2":
+        raise UserError(f"{name} holds no DINOv2 (without registers), as facebook/dinov2-small is")
+    with torch.device("meta"):
+        network = DINOv2(config)
+    return load_weights(network, read_weights(folder), name, compute)

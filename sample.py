@@ -1,110 +1,248 @@
-"""Draw pictures with a trained model.
+"""Draw pictures with a trained model, and judge them.
 
-    python sample.py "a red circle left of a blue square"
-    python sample.py "a boat on a lake" --run out/photos --n 4 --out boats/     # single files
-    python sample.py --score                             # the prompt accuracy on held-out scenes
+python sample.py "a red circle left of a blue square"
+python sample.py "a boat on a lake" --run out/photos --n 4 --out boats/     # single files
+python sample.py --score                             # the prompt accuracy on held-out scenes
 """
+
+import collections
+import dataclasses
+import itertools
+import math
 import textwrap
 from pathlib import Path
-from typing import Literal
-import numpy as np, torch
-from PIL import Image, ImageDraw, ImageFont
-from model import PRX, Refused, fetch, pick_device, read_json, shift_time, velocity, whole_file
-from prepare import (caption, check, count, load_codec, load_text_encoder, natural, pad,
-                     random_scene, run_script, weight)
+from typing import Annotated, Literal
 
-def generate(model, text, null, noise, info, steps=20, guidance=2.0, mode="null"):
-    """Latents for text (B, L, D), by Euler steps along the velocity from noise (B, C, H, W), guided
-    away from the answer to null (L, D), the empty caption (arXiv 2207.12598), in the same pass; or,
-    mode "self", from the model's own answer to text with tokens routed past blocks (PRX)."""
-    x, both = noise, torch.cat((text, null.expand(len(text), -1, -1)))
-    times = shift_time(torch.linspace(1, 0, steps + 1, device=x.device), info["shift"])
-    dice = torch.Generator().manual_seed(0)
-    for t, next_t in zip(times, times[1:]):
-        t_batch = t.expand(len(x))
-        if mode == "self":                         # the same tokens stay for all of the batch
-            ids = torch.randperm(x[0, 0].numel() // model.config.patch_size ** 2, generator=dice)
-            stay = ids[:round(len(ids) * (1 - (info.get("route") or 0.5))) or 1].expand(len(x), -1)
-            outputs = model(x, t_batch, text), model(x, t_batch, text, None, stay.to(x.device))
-        else:
-            outputs = model(torch.cat((x, x)), t_batch.repeat(2), both).chunk(2)
-        v, v_weak = (velocity(each.float(), x, t_batch, info["predict"]) for each in outputs)
-        x = x + (next_t - t) * (v_weak + guidance * (v - v_weak))
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from model import (
+    PRX,
+    UserError,
+    fetch,
+    load_codec,
+    load_text_encoder,
+    pad,
+    pick_device,
+    read_json,
+    shift_time,
+    velocity,
+    whole_file,
+)
+from prepare import (
+    COLOURS,
+    PLACES,
+    SHAPES,
+    STEP,
+    Scene,
+    Thing,
+    caption,
+    check_range,
+    coverage,
+    leave_open,
+    random_scene,
+    render,
+    run_script,
+)
+
+
+# ---------------------------------------------------------------------------------------- drawing
+def generate(model, text, mask, noise, info, steps, guidance_scale):
+    """Latents from noise (B, C, H, W), by Euler steps along the velocity.
+
+    text (1 + B, T, D) and mask (1 + B, T) are of the empty caption and of B prompts. The velocity
+    is guided away from that of the empty caption (arXiv 2207.12598); a scale of 1 is no guidance.
+    """
+    # The table of diffusers' FlowMatchEulerDiscreteScheduler; the shift acts twice on its end.
+    lowest = shift_time(torch.tensor(0.001), info["shift"]).item()
+    times = shift_time(torch.linspace(1, lowest, steps), info["shift"])
+    times = torch.cat((times, torch.zeros(1))).to(noise.device)
+    rows = torch.arange(1, 1 + len(noise))
+    if guidance_scale != 1:
+        rows = torch.cat((torch.zeros_like(rows), rows))  # in the same pass
+    text, mask = text[rows], None if mask.all() else mask[rows]
+    x = noise
+    for t, next_t in itertools.pairwise(times):
+        x_in, t_in = x.repeat(len(rows) // len(x), 1, 1, 1), t.expand(len(rows))
+        v = velocity(model(x_in, t_in, text, mask).float(), x_in, t_in, info["predict"])
+        if guidance_scale != 1:
+            v_empty, v = v.chunk(2)
+            v = v_empty + guidance_scale * (v - v_empty)
+        x = x + (next_t - t) * v
     return x
 
-@torch.no_grad()
-def draw(model, codec, encode_text, info, prompts, seeds, *how):
-    """Pictures (B, H, W, 3) uint8 for prompts. Each begins with the noise of its own seed, so that
-    it is the same whatever else is drawn. info is a run's nanoprx.json; how goes to `generate`."""
-    device, pictures = next(model.parameters()).device, []
-    mean, std = (torch.tensor(info[key], device=device).view(-1, 1, 1) for key in ("mean", "std"))
-    for some in range(0, len(prompts), 64):
-        text = pad(encode_text(["", *prompts[some:some + 64]]), info["tokens"]).to(device)
-        noise = [torch.randn(info["latent_shape"], generator=torch.Generator().manual_seed(seed))
-                 for seed in seeds[some:some + 64]]
-        x = generate(model, text[1:], text[0], torch.stack(noise).to(device), info, *how)
-        images = codec.decode(x * std + mean).float().clamp(-1, 1)
-        pictures.append(((images + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy())
-    return np.concatenate(pictures)
 
-def score(model, codec, encode_text, info, *how):
-    """The share of 512 fixed held-out scenes drawn as prompted, and that of the eighth of them
-    ("composition") whose colour and shape were never trained together."""
-    rng = np.random.default_rng(0)
-    scenes = [random_scene(rng, "held-out" if n % 8 else "composition") for n in range(512)]
-    prompts = [caption(scene) for scene in scenes]
-    pictures = draw(model, codec, encode_text, info, prompts, range(512), *how)
-    passed = [check(picture, scene) for picture, scene in zip(pictures, scenes)]
-    return {"all": np.mean(passed), "composition": np.mean(passed[::8])}
-prompt_accuracy = score           # `sample` has a flag of that name
+class Pipeline:
+    """A model with all it takes to draw. info is what a run keeps in nanoprx.json."""
+
+    def __init__(self, model, info, compute):
+        self.model, self.info, self.compute = model, info, compute
+        self.codec = load_codec(info["codec"], compute)
+        self.text_encoder = load_text_encoder(info["text"], compute, 512)
+
+    def encode(self, captions):
+        """Text (B, T, D) and mask (B, T) on the device. The mask hides what makes captions alike in
+        length, but for as many rows of zeros as the model knows from training."""
+        embeddings = self.text_encoder.encode(captions)
+        lengths = torch.tensor([max(len(each), self.info["tokens"]) for each in embeddings])
+        text = pad(embeddings, max(lengths))
+        mask = torch.arange(text.shape[1]) < lengths[:, None]
+        return text.to(self.compute.device), mask.to(self.compute.device)
+
+    @torch.no_grad()
+    def draw(self, prompts, seeds, steps=20, guidance_scale=2.0):
+        """Pictures (B, H, W, 3) uint8. Each begins with noise of its own seed, and so is the same
+        whatever else is drawn."""
+        device, pictures = self.compute.device, []
+        statistics = torch.tensor([self.info["mean"], self.info["std"]], device=device)
+        mean, std = statistics[:, :, None, None]
+        for first in range(0, len(prompts), 64):
+            generators = [torch.Generator().manual_seed(s) for s in seeds[first : first + 64]]
+            noise = [torch.randn(self.info["latent_shape"], generator=each) for each in generators]
+            text, mask = self.encode(["", *prompts[first : first + 64]])
+            how = (torch.stack(noise).to(device), self.info, steps, guidance_scale)
+            with self.compute.autocast():
+                images = self.codec.decode(generate(self.model, text, mask, *how) * std + mean)
+            images = ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte()
+            pictures.append(images.permute(0, 2, 3, 1).cpu().numpy())
+        return np.concatenate(pictures)
+
+
+def find_model(source):
+    """The folder with the weights of a run, a folder or a Hub repository. Raises UserError."""
+    folder = fetch(source, "*.json", "*.safetensors")
+    return folder / "ema" if (folder / "ema").is_dir() else folder
+
 
 def grid(pictures, prompts, columns):
     """A PIL picture of pictures (N, H, W, 3) uint8, small ones enlarged, each above its prompt."""
-    height, width = pictures.shape[1:3]
-    scale = -(-128 // width)
-    lines = ["\n".join(textwrap.wrap(prompt, width * scale // 6)[:4]) for prompt in prompts]
-    step_x, step_y = width * scale + 8, height * scale + 68           # with room for four lines
-    sheet = Image.new("RGB", (columns * step_x, -(-len(pictures) // columns) * step_y), "white")
-    for number, (picture, line) in enumerate(zip(pictures, lines)):
-        x, y = number % columns * step_x + 4, number // columns * step_y + 4
-        picture = Image.fromarray(picture).resize((width * scale, height * scale), Image.NEAREST)
-        sheet.paste(picture, (x, y))
-        ImageDraw.Draw(sheet).multiline_text((x, y + height * scale), line, "black",
-                                             ImageFont.load_default(11), spacing=2)
+    scale = math.ceil(128 / pictures.shape[2])
+    height, width = pictures.shape[1] * scale, pictures.shape[2] * scale
+    size = columns * (width + 8), math.ceil(len(pictures) / columns) * (height + 68)
+    sheet = Image.new("RGB", size, "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
+    for number, (picture, prompt) in enumerate(zip(pictures, prompts, strict=True)):
+        x, y = number % columns * (width + 8) + 4, number // columns * (height + 68) + 4
+        sheet.paste(Image.fromarray(picture).resize((width, height), Image.NEAREST), (x, y))
+        text = "\n".join(textwrap.wrap(prompt, width // 6)[:4])
+        pen.multiline_text((x, y + height), text, "black", font, spacing=2)
     return sheet
 
-def sample(
-    prompts: str = (),            # what to draw, cut like training captions; none: some of those
-    run: str = "out/scenes",      # folder of a run, or a Hub repository
-    out: str = "sample.png",      # a .png with all of them, or a folder for single files
-    n: count = 1,                 # pictures for each prompt
-    steps: count = 20,            # Euler steps; with more, velocity's clamp leaves a little noise
-    guidance: weight = 2.0,       # guidance scale; 1 is none
-    guidance_mode: Literal["null", "self"] = "null",   # away from the empty caption or routed self
-    seed: natural = 0,            # of the first picture of each prompt, the next has seed + 1
-    score: bool = False,          # report the prompt accuracy on 512 held-out scenes instead
-):
-    """Draw the prompts with a trained model, or score it. Raises Refused where the run is none."""
-    folder = fetch(run, "*.json", "*.safetensors")
-    info = read_json(folder / "nanoprx.json")
-    if score and info.get("source") != "scenes":
-        raise Refused(f"{run} was not trained on scenes; the prompt accuracy is for those")
-    device, autocast = pick_device()
-    painter = (PRX.from_pretrained(folder).to(device), load_codec(info["codec"], device),
-               load_text_encoder(info["text"], device, info["tokens"]), info)
-    with autocast:
-        if score:
-            shares = prompt_accuracy(*painter, steps, guidance, guidance_mode)
-            return print(*(f"{name:12}{part:7.1%}" for name, part in shares.items()), sep="\n")
-        prompts = [each for each in prompts or info.get("examples", [""]) for _ in range(n)]
-        seeds = [seed + number % n for number in range(len(prompts))]
-        pictures = draw(*painter, prompts, seeds, steps, guidance, guidance_mode)
-    sheet, columns = out.lower().endswith(".png"), n if 1 < n < 9 else min(len(prompts), 6)
-    files = [grid(pictures, prompts, columns)] if sheet else map(Image.fromarray, pictures)
-    for number, picture in enumerate(files):
-        with whole_file(out if sheet else f"{out}/{number:04d}.png") as file:
-            picture.save(file, "png")
-    print(f"{out}: {len(pictures)} drawn")
+
+# ---------------------------------------------------------------------------------------- judging
+UNIT_AREAS = {  # of each shape with a radius of 1
+    shape: coverage(Thing("", shape, "", 0.5, 0.5, 0.25), 256).mean() / 0.25**2 for shape in SHAPES
+}
+
+
+def describe(picture):
+    """The Scene that fits a picture (size, size, 3) uint8 best."""
+    size, palette = len(picture), np.array(list(COLOURS.values()))
+    nearest = np.square(picture[:, :, None] - palette).sum(-1).argmin(-1)  # (size, size)
+    background = np.bincount(nearest.flatten()).argmax()  # things cover less than half
+    centres, things = (np.arange(size) + 0.5) / size, []
+    for place, offset in PLACES.items():
+        middle = 0.5 + STEP * np.array(offset)
+        distance = np.hypot(centres - middle[0], centres[:, None] - middle[1])
+        inside = nearest[distance < 0.13]
+        if np.mean(inside != background) < 0.3:
+            continue  # there is no thing in this place
+        colour = np.bincount(inside[inside != background]).argmax()
+        change = palette[colour] - palette[background]
+        covered = (picture - palette[background]) @ change / (change @ change)
+        covered = covered.clip(0, 1) * (distance < STEP)  # like `coverage`
+        x, y = (covered.sum(0) @ centres, covered.sum(1) @ centres) / covered.sum()
+        fits = []
+        for shape, area in UNIT_AREAS.items():
+            radius = max(0.13, math.sqrt(covered.mean() / area))
+            fits.append(Thing(list(COLOURS)[colour], shape, place, x, y, radius))
+        things.append(min(fits, key=lambda fit: np.abs(covered - coverage(fit, size)).sum()))
+    return Scene(list(COLOURS)[background], things)
+
+
+def check(picture, scene):
+    """What a picture (size, size, 3) uint8 shows of a scene (as GenEval, arXiv 2310.11513): a dict
+    of "all", which is strict, and of its attributes. What is None in the scene may be anything."""
+    found = describe(picture)
+    result = {"background": scene.background in (None, found.background)}
+    for number, attribute in enumerate(("colour", "shape", "place")):
+        wanted = collections.Counter(thing[number] for thing in scene.things if thing[number])
+        result[attribute] = wanted <= collections.Counter(thing[number] for thing in found.things)
+    result["count"] = len(found.things) == len(scene.things)
+    # All of it may be there, but of the other thing; and nothing else may be in the picture.
+    told = [{*thing[:3]} - {None} for thing in scene.things]
+    orders = itertools.permutations({*thing[:3]} for thing in found.things)
+    bound = any(all(a <= b for a, b in zip(told, order, strict=False)) for order in orders)
+    error = np.linalg.norm(picture - render(found, len(picture)).astype(float), axis=-1)
+    result["all"] = all(result.values()) and bound and bool(np.mean(error > 110) < 0.01)
+    return result
+
+
+def score(pipeline, count, steps=20, guidance_scale=2.0):
+    """Prompt accuracies over `count` scenes each: held-out ones told in full ("named", and its
+    attributes), with the background left open, told anyhow, and pairs never trained."""
+    shares = {}
+    for seed, kind in enumerate(("named", "open", "free", "composition")):
+        rng = np.random.default_rng(seed)
+        split = "composition" if kind == "composition" else "held-out"
+        scenes = [random_scene(rng, split) for _ in range(count)]
+        if kind == "open":
+            scenes = [scene._replace(background=None) for scene in scenes]
+        if kind == "free":
+            scenes = [leave_open(scene, rng) for scene in scenes]
+        prompts = [caption(scene) for scene in scenes]
+        pictures = pipeline.draw(prompts, range(count), steps, guidance_scale)
+        results = [check(*both) for both in zip(pictures, scenes, strict=True)]
+        shares[kind] = np.mean([result.pop("all") for result in results])
+        if kind == "named":
+            shares |= {key: np.mean([result[key] for result in results]) for key in results[0]}
+    return shares
+
+
+# ----------------------------------------------------------------------------------- command line
+@dataclasses.dataclass
+class Settings:
+    """All settings of sample.py. Each field is a flag."""
+
+    prompts: Annotated[list[str], "what to draw; none: some captions of the run"] = ()
+    run: Annotated[str, "folder of a run, or a Hub repository"] = "out/scenes"
+    out: Annotated[str, "one picture (.png, .jpg) of all, or a folder for files"] = "sample.png"
+    n: Annotated[int, "pictures for each prompt"] = 1
+    steps: Annotated[int, "Euler steps"] = 20
+    guidance: Annotated[float, "guidance scale; 1 is none"] = 2.0
+    seed: Annotated[int, "of the first picture of each prompt; the next has seed + 1"] = 0
+    score: Annotated[bool, "report the prompt accuracy on held-out scenes instead"] = False
+    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], "auto: the best there is"] = "auto"
+
+    def __post_init__(self):
+        check_range(self, 1, math.inf, "n", "steps")
+
+
+def sample(settings):
+    """Draw prompts with a trained model, or score it. Raises UserError where the run is none."""
+    compute, folder = pick_device(settings.device), find_model(settings.run)
+    info, how = read_json(folder / "nanoprx.json"), (settings.steps, settings.guidance)
+    model = PRX.from_pretrained(folder).to(compute.device).eval()
+    pipeline = Pipeline(model, info, compute)
+    if settings.score:
+        if info["source"] != "scenes":
+            raise UserError(f"{settings.run} was not trained on scenes, which --score is for")
+        for name, share in score(pipeline, 512, *how).items():
+            print(f"{name:12}{share:7.1%}")
+        return
+    prompts = [text for text in settings.prompts or info["examples"] for _ in range(settings.n)]
+    seeds = [settings.seed + number % settings.n for number in range(len(prompts))]
+    pictures = pipeline.draw(prompts, seeds, *how)
+    files = {f"{settings.out}/{n:04d}.png": Image.fromarray(p) for n, p in enumerate(pictures)}
+    if Path(settings.out).suffix.lower() in (".png", ".jpg", ".jpeg"):
+        columns = settings.n if 1 < settings.n < 9 else min(len(prompts), 6)
+        files = {settings.out: grid(pictures, prompts, columns)}
+    for path, picture in files.items():
+        with whole_file(path) as file:
+            picture.save(file, "png" if path.lower().endswith(".png") else "jpeg")
+    print(f"{settings.out}: {len(pictures)} drawn")
+
 
 if __name__ == "__main__":
-    run_script(sample, __doc__, prompts="*")
+    run_script(sample, Settings, __doc__, positional="prompts")

@@ -1,350 +1,856 @@
-"""Every promise of README.md, tried: against diffusers, on small files, by running the scripts."""
-import contextlib, copy, csv, io, json, os, random, re, resource, shutil, signal, struct, subprocess
-import sys, tarfile, time, zlib
+"""Every promise of README.md, tried: against diffusers, transformers, and as processes."""
+
+import csv
+import dataclasses
+import io
+import json
+import math
+import os
+import random
+import resource
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tarfile
+import time
+import zlib
 from pathlib import Path
-import diffusers, numpy as np, pytest, safetensors.torch, torch, transformers
-import model as M, prepare as P, sample as S, train as T, torch.nn.functional as F
-from PIL import Image
+from typing import Annotated
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from PIL import Image, ImageCms
+
+import model
+import prepare
+import sample
+import train
 
 HERE = Path(__file__).parent
-TINY = "--width 32 --depth 4 --batch-size 16 --bottleneck 16 --route 0.5 --repa 1 --repa-until 0.5"
+CPU = model.Compute(torch.device("cpu"), torch.float32)
+TINY = {"width": 32, "depth": 4, "batch_size": 16, "bottleneck": 16, "route": 0.5}
 transformers.set_seed(0)
+
 
 @pytest.fixture(autouse=True)
 def an_empty_folder(tmp_path, monkeypatch):
+    """Each test runs in a folder of its own."""
     monkeypatch.chdir(tmp_path)
 
-def run(command, cwd=None, code=0, processes=0, room=None, until=None, how=signal.SIGKILL):
-    launch = f"-m torch.distributed.run --standalone --nproc_per_node={processes}" * bool(processes)
-    limit = room and (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room)))
-    process = subprocess.Popen(f"{sys.executable} {launch} {HERE}/{command}".split(), cwd=cwd,
-        text=True, stdout=-1, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=limit)
-    while until and not until.exists() and process.poll() is None:
-        time.sleep(0.01)
-    if until:
-        os.killpg(process.pid, how)
+
+def flags(settings):
+    """{"batch_size": 16} as ["--batch-size", "16"]."""
+    return [word for key, x in settings.items() for word in (f"--{key.replace('_', '-')}", str(x))]
+
+
+def start(script, *arguments, processes=1, file_limit=None):
+    """Start a script as a process of its own, with torchrun if there are several."""
+    launch = [sys.executable]
+    if processes > 1:
+        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+
+    def limit_files():
+        if file_limit is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+
+    return subprocess.Popen(
+        [*launch, HERE / script, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        preexec_fn=limit_files,
+    )
+
+
+def run(script, *arguments, fails=False, **how):
+    """Run a script to its end; returns what it printed. If it fails, it does so in a sentence."""
+    process = start(script, *arguments, **how)
     output = process.communicate(timeout=240)[0]
-    assert process.returncode == code or until and how == signal.SIGKILL, output
-    assert code == 0 or "Traceback" not in output or processes, output
+    assert (process.returncode != 0) == fails, output
+    assert not fails or "Traceback" not in output, output
     return output
 
+
+def wait_for(path, process):
+    """Wait until a file is there, or a process ends."""
+    while not path.exists() and process.poll() is None:
+        time.sleep(0.01)
+
+
+def kill_all(process):
+    """SIGKILL for a process and all below it; torchrun's workers have sessions of their own."""
+    listing = subprocess.check_output(["ps", "-eo", "pid,ppid"], text=True).split()[2:]
+    parents = dict(zip(map(int, listing[::2]), map(int, listing[1::2]), strict=True))
+    for pid in parents:
+        ancestor = pid
+        while ancestor not in (0, process.pid):
+            ancestor = parents.get(ancestor, 0)
+        if ancestor == process.pid:
+            os.kill(pid, signal.SIGKILL)
+    process.communicate()
+
+
+def read_log(folder):
+    """The rows of a run's log.csv."""
+    with open(Path(folder) / "log.csv") as file:
+        return list(csv.DictReader(file))
+
+
+def weights_of(folder):
+    """The averaged weights of a run."""
+    return model.PRX.from_pretrained(Path(folder) / "ema").state_dict()
+
+
 @pytest.fixture(scope="session")
-def teacher(tmp_path_factory):
-    network = transformers.Dinov2Model(transformers.Dinov2Config(
-        hidden_size=48, num_hidden_layers=2, num_attention_heads=3, image_size=70)).eval()
+def scenes(tmp_path_factory):
+    """A cache of 600 scenes with features of a tiny teacher, named as other than scenes, so that
+    runs on it are not scored."""
+    folder = tmp_path_factory.mktemp("scenes")
+    make_teacher().save_pretrained(folder / "teacher")
+    how = {"limit": 600, "out": str(folder / "data"), "teacher": str(folder / "teacher")}
+    prepare.prepare(prepare.Settings(**how))
+    meta = model.read_json(folder / "data/meta.json")
+    model.write_json(folder / "data/meta.json", meta | {"source": "photos"})
+    return folder / "data"
+
+
+def make_teacher():
+    """A small random DINOv2 of transformers'."""
+    config = transformers.Dinov2Config(
+        hidden_size=48, num_hidden_layers=2, num_attention_heads=3, image_size=70
+    )
+    network = transformers.Dinov2Model(config).eval().requires_grad_(False)
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    network.save_pretrained(folder := tmp_path_factory.mktemp("teacher"))
-    mean, std = torch.tensor([[.485, .456, .406], [.229, .224, .225]])[..., None, None]
-    return folder, lambda x: network((x / 2 + 0.5 - mean) / std).last_hidden_state[:, 1:]
+    return network
 
-@pytest.fixture(scope="session")
-def trained(tmp_path_factory, teacher):
-    folder = tmp_path_factory.mktemp("work")
-    assert "600 pictures" in run(f"prepare.py --limit 600 --teacher {teacher[0]}", folder)
-    assert "accuracy" in run(f"train.py {TINY} --steps 48 --sample-every 20", folder, processes=1)
-    M.write_json(meta := folder / "data/scenes/meta.json", {**M.read_json(meta), "source": "x"})
-    return folder                                     # so later runs on this are not scored
 
-def random_model(channels, patch, heads, axes, neck=None):
-    network = M.PRX(M.PRXConfig(channels, patch, 24, 48, 3.5, heads, 4, axes, bottleneck_size=neck))
+def random_prx(**sizes):
+    """A small PRX with random weights, also where training begins with zeros."""
+    sizes = {"context_in_dim": 24, "hidden_size": 48, "num_heads": 2, "depth": 4} | sizes
+    axes = {"axes_dim": (24 // sizes["num_heads"],) * 2}
+    network = model.PRX(model.PRXConfig(**(axes | sizes)))
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
     return network
 
-@pytest.mark.parametrize("sizes, shape, length", [((3, 8, 2, (12, 12), 16), (32, 32), 5),
-    ((4, 1, 3, (8, 8)), (5, 9), 1), ((16, 2, 4, (4, 8)), (8, 12), 17)])
-def test_agrees_with_diffusers_and_swaps_weights(sizes, shape, length):
-    ours = random_model(*sizes)
+
+# ------------------------------------------------------------------------------------ the network
+@pytest.mark.parametrize(
+    ("sizes", "shape", "length"),
+    [
+        ({"in_channels": 3, "patch_size": 8, "bottleneck_size": 16}, (32, 32), 5),
+        ({"in_channels": 4, "patch_size": 1, "num_heads": 3}, (5, 9), 1),
+        ({"in_channels": 16, "num_heads": 4, "axes_dim": (4, 8)}, (8, 12), 17),
+    ],
+)
+def test_prx_agrees_with_diffusers_and_weights_go_both_ways(sizes, shape, length):
+    ours = random_prx(**sizes)
     ours.save_pretrained("ours")
     theirs = diffusers.PRXTransformer2DModel.from_pretrained("ours", low_cpu_mem_usage=False)
-    theirs.save_pretrained("pipeline/transformer")
-    back = M.PRX.from_pretrained("pipeline")
-    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), back.parameters()))
-    x, t, text = torch.randn(2, sizes[0], *shape), torch.rand(2), torch.randn(2, length, 24)
-    for mask in None, torch.arange(length) < torch.tensor([[1], [length]]):
+    theirs.save_pretrained("theirs")
+    back = model.PRX.from_pretrained("theirs")
+    for name, weight in ours.state_dict().items():
+        assert torch.equal(weight, back.state_dict()[name])
+    x, t, text = torch.randn(2, ours.config.in_channels, *shape), torch.rand(2), None
+    text = torch.randn(2, length, 24)
+    for mask in (None, torch.arange(length) < torch.tensor([[1], [length]])):
         expected = theirs(x, t, text, attention_mask=mask).sample
         torch.testing.assert_close(back(x, t, text, mask), expected, rtol=1e-5, atol=1e-5)
 
-def test_a_training_step(teacher):
-    (folder, theirs), features, seen = teacher, torch.randn(2, 48, 16, 16), []
-    for sides in (70, 70), (56, 98), (224, 224):                    # its own, and interpolated
-        images, ours = torch.rand(2, 3, *sides) * 2 - 1, P.load_teacher(folder)
-        torch.testing.assert_close(ours(images), theirs(images), rtol=1e-4, atol=1e-4)
-    network = random_model(3, 8, 2, (12, 12))
-    network.projector, x = torch.nn.Linear(48, 48), torch.rand(2, 3, 32, 32)
-    before = copy.deepcopy(network)
-    for module in (network, *network.blocks):
-        module.register_forward_hook(lambda _, inputs, output: seen.append((*inputs, output)))
-    config = T.Config(batch_size=2, patch_size=8, predict="v", t_floor=1, route=0.5, repa=0.7,
-                      pdino=0.3, steps=1, warmup=0, cooldown=0, lr=1, clip=1e9)
-    cache = P.argparse.Namespace(null=torch.zeros(4, 24), mean=0, std=1, teacher=ours)
-    M.rope_table.cache_clear()
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
-        T.train_step(network, {"": torch.optim.SGD(network.parameters())}, cache, config, 0, 0,
-                     torch.autocast("cpu", enabled=False), (torch.randn(2, 4, 24), x, features))
-    assert M.rope_table.cache_info().misses == 1
-    (*_, ropes, _, a), (b, _, _, rope, _, _), (*_, c), (d, *_), (x_t, t, text, _, stay, _) = seen
-    rows = torch.arange(2)[:, None]                             # a to d: tokens between the blocks
-    assert torch.equal(b, a[rows, stay]) and torch.equal(rope[0], ropes[0][stay])
-    assert torch.equal(d, a.index_put((rows, stay), c))
-    (output, tokens), t = before(x_t, t, text, None, stay), t[:, None, None, None]
-    clean = F.interpolate(x_t - t * output, 224, mode="bicubic")
-    alike = F.cosine_similarity(theirs(clean), features.flatten(2).mT, dim=2).mean()
-    wanted = F.avg_pool2d(features, 4).flatten(2).mT[rows, stay]
-    loss = F.mse_loss(output, (x_t - x) / t) - 0.3 * alike
-    (loss - 0.7 * F.cosine_similarity(tokens, wanted, dim=2).mean()).backward()
-    for old, new in zip(before.parameters(), network.parameters()):
-        torch.testing.assert_close(old - new, old.grad, rtol=1e-3, atol=1e-5)
 
-def test_flow_and_guidance():
-    (x, noise), t = torch.randn(2, 3, 1, 2, 2), torch.tensor([0.06, 0.5, 1.0])
+def test_the_default_config_is_the_official_prx():
+    with torch.device("meta"):
+        ours = model.PRX(model.PRXConfig())
+        theirs = diffusers.PRXTransformer2DModel()
+    assert sum(parameter.numel() for parameter in ours.parameters()) == 1_170_691_648
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+
+
+def test_routed_tokens_skip_the_blocks_that_prx_routes():
+    network = random_prx(in_channels=3, patch_size=8, depth=16)
+    calls = []
+    for block in network.blocks:
+        block.register_forward_hook(lambda _, inputs, output: calls.append((inputs, output)))
+    keep = torch.tensor([[14, 3, 8], [0, 1, 2]])
+    network(torch.randn(2, 3, 32, 32), torch.rand(2), torch.randn(2, 5, 24), keep=keep)
+    lengths = [inputs[0].shape[1] for inputs, _ in calls]
+    assert lengths == [16] * 2 + [3] * 11 + [16] * 3  # blocks 2 to 12 of 16
+    rows = torch.arange(2)[:, None]
+    before, after, full_angles = calls[1][1], calls[13][0][0], calls[0][0][3]
+    routed_img, _, _, routed_angles, _ = calls[2][0]
+    assert torch.equal(routed_img, before[rows, keep])
+    assert torch.equal(routed_angles[:, 0], full_angles[keep])
+    assert torch.equal(after, before.index_put((rows, keep), calls[12][1]))
+
+
+def test_velocity_is_noise_minus_picture():
+    x, noise, t = torch.randn(3, 1, 2, 2), torch.randn(3, 1, 2, 2), torch.tensor([0.06, 0.5, 1.0])
     x_t = torch.lerp(x, noise, t[:, None, None, None])
-    torch.testing.assert_close(M.velocity(x, x_t, t, "x"), noise - x)
-    draws, shifted = (M.sample_timesteps(9**5, s, torch.Generator().manual_seed(0)) for s in (1, 3))
-    assert abs((draws < 0.1).float().mean() - 0.7 * 0.0140 - 0.3 * 0.1) < 0.002      # its two parts
-    assert draws.min() >= 1e-3 and abs(draws.mean() - 0.5) < 0.005 and M.velocity(x, 0, 0, "v") is x
+    torch.testing.assert_close(model.velocity(x, x_t, t, "x"), noise - x)
+    assert model.velocity(x, x_t, t, "v") is x
+    halved = model.velocity(x, x_t, t, "x", t_floor=0.12)[0]
+    torch.testing.assert_close(halved, (noise - x)[0] / 2)
+
+
+def test_timesteps_are_partly_uniform_and_shifted():
+    draws = model.sample_timesteps(9**5, 1, torch.Generator().manual_seed(0))
+    shifted = model.sample_timesteps(9**5, 3, torch.Generator().manual_seed(0))
+    below = (draws < 0.1).float().mean()  # 1.4% of the sigmoids of a normal, 10% of the others
+    assert abs(below - 0.7 * 0.0140 - 0.3 * 0.1) < 0.002
+    assert draws.min() >= 1e-3
     torch.testing.assert_close(shifted, (3 * draws / (1 + 2 * draws)).where(draws > 1e-3, shifted))
-    constant = lambda x, t, text: text.mean((1, 2))[:, None, None, None].expand_as(x)
-    how = {"predict": "v", "shift": 2.0}
-    latents = S.generate(constant, torch.full((3, 1, 1), 2.), torch.ones(1, 1), x, how, 5, 3.0)
-    torch.testing.assert_close(latents, x - (1 + 3.0 * (2 - 1)))
 
-def test_safetensors():
-    tensors = {"a": torch.randn(3, 5), "b": torch.randn(4).bfloat16(), "c": torch.tensor(7),
-               "d": torch.zeros(0, 2), "e": torch.tensor([True, False, True])}
-    M.write_safetensors("ours", tensors)
-    safetensors.torch.save_file(tensors, "theirs")
-    for read in safetensors.torch.load_file("ours"), M.read_safetensors("theirs"):
-        assert all(torch.equal(read[name], tensors[name]) for name in tensors)
-    whole = Path("ours").read_bytes()
-    for number in range(2000):           # whatever the bytes, a sentence or tensors, never a crash
-        data = bytearray(whole)
-        data[random.randrange(len(data))], data[random.randrange(len(data))] = random.randbytes(2)
-        Path("bad").write_bytes(data)
-        with contextlib.suppress(M.Refused):
-            M.read_safetensors("bad")
-    for bad in (b"", whole[:40], whole[:-1], whole + b"x", whole.replace(b'"F32"', b'"F4"  '),
-                whole.replace(b"[3, 5]", b"[9, 9]"), whole.replace(b"[0, 60]", b"[0, 99]")):
-        Path("bad").write_bytes(bad)
-        with pytest.raises(M.Refused, match="bad is not a whole safetensors file"):
-            M.read_safetensors("bad")
 
-def test_check_is_strict_and_scenes_are_told():
-    rng, renders, changed = np.random.default_rng(5), [], []
-    for _ in range(300):
-        scene = P.random_scene(rng)
-        assert not {thing[:2] for thing in scene.things} & P.NEVER_TRAINED
-        renders += [P.check(P.render(scene, size), scene) for size in (32, 64)]
-        thing, *rest = random.sample(scene.things, len(scene.things))
-        others = [thing._replace(colour=new) for new in P.COLOURS if new != thing.colour]
-        others += [thing._replace(shape=new) for new in P.SHAPES if new != thing.shape]
-        others += [thing._replace(place=new, x=0.5 + P.STEP * x, y=0.5 + P.STEP * y)
-                   for new, (x, y) in P.PLACES.items() if new not in [t[2] for t in scene.things]]
-        others = [scene._replace(things=things) for things in (rest, *([o, *rest] for o in others))]
-        others += [scene._replace(ground=new) for new in P.COLOURS if new != scene.ground]
-        for other in random.sample(others, 10):                  # or a picture between the two
-            share, a, b = rng.uniform(0.7, 1), P.render(scene, 32), P.render(other, 32)
-            changed.append(P.check(((1 - share) * a + share * b).astype(np.uint8), scene))
-        assert not P.check(np.full((32, 32, 3), P.COLOURS[scene.ground], np.uint8), scene)
-        assert not P.check(rng.integers(0, 256, (32, 32, 3)).astype(np.uint8), scene)
-    assert np.mean(renders) >= 0.995 and np.mean(changed) <= 0.01
-    a, b, none = P.Words()(["Red circle!", "circle red", ""])
-    assert torch.equal(a[0, :32], b[1, :32]) and not torch.equal(a[0], b[1]) and len(none) == 0
+def test_loss_is_the_formula_with_routing_and_repa():
+    network = model.PRX(random_prx(in_channels=3, patch_size=8).config, repa_dim=48)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    settings = train.Settings(predict="x", t_floor=0.3, route=0.5, repa=0.7)
+    x, noise, t = torch.randn(2, 3, 32, 32), torch.randn(2, 3, 32, 32), torch.tensor([0.2, 0.8])
+    keep = torch.stack([torch.randperm(16)[:8], torch.randperm(16)[:8]])
+    batch = {"x": x, "noise": noise, "t": t, "text": torch.randn(2, 4, 24), "keep": keep}
+    batch["features"] = torch.randn(2, 16, 48)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
+        loss, mse = train.compute_loss(network, batch, settings, repa_weight=0.7)
+    x_t = 0.2 * noise + 0.8 * x
+    x_t[1] = 0.8 * noise[1] + 0.2 * x[1]
+    output, tokens = network(x_t, t, batch["text"], keep=keep)
+    weight = 1 / torch.tensor([0.3, 0.8])[:, None, None, None] ** 2
+    expected = (weight * (output - x) ** 2).mean()
+    wanted = batch["features"][torch.arange(2)[:, None], keep]
+    torch.testing.assert_close(mse, expected)
+    alike = F.cosine_similarity(tokens, wanted, dim=2).mean()
+    torch.testing.assert_close(loss, expected - 0.7 * alike)
 
+
+def test_muon_is_orthogonalized_momentum():
+    matrices = [torch.nn.Parameter(torch.randn(shape)) for shape in ((6, 4), (4, 6), (6, 4))]
+    expected = [matrix.detach().clone() for matrix in matrices]
+    averages = [torch.zeros_like(matrix) for matrix in matrices]
+    theirs = [torch.nn.Parameter(matrix.clone()) for matrix in expected]
+    how = {"lr": 0.1, "momentum": 0.9}
+    reference = torch.optim.Muon(theirs, **how, weight_decay=0, adjust_lr_fn="match_rms_adamw")
+    ours = train.Muon(matrices, **how, dtype=torch.float32)
+    for _ in range(3):
+        for matrix, other, wanted, average in zip(
+            matrices, theirs, expected, averages, strict=True
+        ):
+            matrix.grad = torch.randn_like(matrix)
+            other.grad = matrix.grad.clone()
+            average.mul_(0.9).add_(matrix.grad, alpha=0.1)
+            x = 0.1 * matrix.grad + 0.9 * average
+            x = x / x.norm()
+            for _ in range(5):
+                a = x @ x.mT if x.shape[0] <= x.shape[1] else x.mT @ x
+                b = -4.775 * a + 2.0315 * a @ a
+                x = 3.4445 * x + (b @ x if x.shape[0] <= x.shape[1] else x @ b)
+            wanted.sub_(x, alpha=0.1 * 0.2 * math.sqrt(6))
+        ours.step()
+        reference.step()
+    for matrix, other, wanted in zip(matrices, theirs, expected, strict=True):
+        torch.testing.assert_close(matrix.detach(), wanted, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(matrix, other, rtol=0.1, atol=0.02)  # which computes in bf16
+
+
+# ------------------------------------------------------------------------------ the frozen networks
 @pytest.mark.parametrize("channels", [4, 16])
 def test_tiny_autoencoders_agree_with_diffusers(channels):
-    theirs, images = diffusers.AutoencoderTiny(latent_channels=channels), torch.randn(2, 3, 48, 64)
+    theirs = diffusers.AutoencoderTiny(latent_channels=channels)
     theirs.save_pretrained("tiny")
-    ours, latents = P.load_codec("tiny"), theirs.encode(images).latents
+    ours, images = model.load_codec("tiny", CPU), torch.randn(2, 3, 48, 64)
+    latents = theirs.encode(images).latents
     torch.testing.assert_close(ours.encode(images), latents, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(ours.decode(99 * latents), theirs.decode(99 * latents).sample)
 
-@pytest.mark.skipif("HF_HOME" not in os.environ, reason="needs the files of a Hub cache")
-def test_t5_and_two_stages_on_latents_of_a_codec_from_the_hub():
-    files, t5 = M.fetch("google/flan-t5-base", "*.json"), Path("t5")
-    theirs = transformers.T5EncoderModel(transformers.T5Config.from_pretrained(files, d_model=48,
-        d_kv=8, d_ff=64, num_layers=2, num_heads=3)).eval().requires_grad_(False)
-    theirs.save_pretrained(t5)
-    shutil.copy(files / "tokenizer.json", t5)
-    real, ours = transformers.AutoTokenizer.from_pretrained(t5), P.load_text_encoder(t5, "cpu", 256)
-    texts = ["", "a" * 10_000, " \t\n\u3000 12,345.678 9½ Ａ ﬁne～① e\u0301 x\0\1y a\u200bb\u00a0c",
-             "👩\u200d👩\u200d👧 family 👍🏽 flag: 🇩🇪 \u2028 \ufeff"]
-    pieces = sorted(piece for piece in real.get_vocab() if piece[0] != "<")
-    texts += ["".join(random.choices(pieces, k=40)).replace("▁", " ") for _ in range(2000)]
-    for first in (0x20, 0xc0, 0x391, 0x410, 0x5d0, 0x620, 0x904, 0x3041, 0x4e00, 0xac00, 0x1f300):
-        letters = [*map(chr, range(first, first + 90)), *" 7e,"]           # Latin to Korean, emoji
-        texts += ["".join(random.choices(letters, k=60)) for _ in range(99)]
-    assert [ours.tokenize(text) for text in texts] == real(texts).input_ids
-    captions = [" ".join(random.choices(["a red", "fox on", "sand"], k=k)) for k in (0, 1, 9, 250)]
-    for batch in captions, *([each] for each in captions):
-        inputs = real(batch, return_tensors="pt", padding=True, truncation=True, max_length=256)
-        expected = theirs(**inputs).last_hidden_state[inputs.attention_mask.bool()]
-        torch.testing.assert_close(torch.cat(ours(batch)), expected, rtol=1e-4, atol=1e-4)
-    assert len(ours(captions)[3]) == 256 and ours.cut == 3                   # of the longest
-    assert " cut" in run("prepare.py --size 128 --codec taef2 --text t5 --max-tokens 9 --limit 9")
-    M.write_json(meta := "data/scenes/meta.json", {**M.read_json(meta), "source": "photos"})
-    scenes = (P.random_scene(np.random.default_rng(n)) for n in range(9))
-    images = torch.tensor(np.stack([P.render(scene, 128) for scene in scenes])).permute(0, 3, 1, 2)
-    latents = torch.tensor(np.load("data/scenes/shard-00000/latents.npy")).float()
-    error = P.load_codec("taef2").decode(latents).clamp(-1, 1) / 2 + 0.5 - images / 255
-    assert -10 * error.square().mean((1, 2, 3)).log10().mean() > 27                           # dB
-    run("train.py --out a --steps 2 --batch-size 4")
-    run("train.py --init a --out b --steps 1 --lr 1e-9 --muon-lr 1e-9 --batch-size 4")
-    torch.testing.assert_close(*(M.PRX.from_pretrained(name).state_dict() for name in "ab"))
-    run("sample.py a --run b --steps 2 --out one/")
-    for command, sentence in (("sample.py --score --run b", "not trained on scenes"),
-            ("prepare.py --codec taef2 --size 44 --out y", "multiple"),
-            ("train.py --repa 1", "teacher.npy"), ("train.py --pdino 1", "these are latents")):
-        assert sentence in run(command, code=2)
 
-def make(mode="RGB", size=(40, 30), kind="PNG", colour=None, greys=iter(range(9, 256, 5)), **save):
-    picture = Image.new(mode, size, next(greys) if colour is None else colour)
-    picture.save(data := io.BytesIO(), kind, **save)
+def test_dinov2_agrees_with_transformers():
+    theirs = make_teacher()
+    theirs.save_pretrained("teacher")
+    ours = model.load_teacher("teacher", CPU)
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
+    for sides in ((70, 70), (56, 98), (224, 224)):  # its own size, and interpolated ones
+        images = torch.rand(2, 3, *sides) * 2 - 1
+        expected = theirs((images / 2 + 0.5 - mean) / std).last_hidden_state[:, 1:]
+        features = ours(images).flatten(2).mT
+        torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-4)
+    assert ours.features(images, 4).shape == (2, 48, 4, 4)
+
+
+needs_hub_files = pytest.mark.skipif("HF_HOME" not in os.environ, reason="needs files of the Hub")
+
+
+@pytest.fixture(scope="session")
+def t5(tmp_path_factory):
+    """A small random T5 of transformers', with the real tokenizer, and its folder."""
+    files, folder = model.fetch("google/flan-t5-base", "*.json"), tmp_path_factory.mktemp("t5")
+    sizes = {"d_model": 48, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 3}
+    config = transformers.T5Config.from_pretrained(files, **sizes)
+    network = transformers.T5EncoderModel(config).eval().requires_grad_(False)
+    network.save_pretrained(folder)
+    shutil.copy(files / "tokenizer.json", folder)
+    return network, transformers.AutoTokenizer.from_pretrained(folder), folder
+
+
+@needs_hub_files
+def test_t5_cuts_texts_into_the_pieces_of_the_real_tokenizer(t5):
+    _, real, folder = t5
+    ours = model.load_text_encoder(folder, CPU, 256)
+    texts = ["", "a" * 3000, " \t\n\u3000 12,345.678 9½ Ａ ﬁne～① e\u0301 x\0\1y a\u200bb\u00a0c"]
+    texts.append("👩\u200d👩\u200d👧 family 👍🏽 flag: 🇩🇪 \u2028 \ufeff")
+    pieces = sorted(piece for piece in real.get_vocab() if piece[0] != "<")
+    for _ in range(1000):
+        texts.append("".join(random.choices(pieces, k=40)).replace("▁", " "))
+    for first in (0x20, 0xC0, 0x391, 0x410, 0x5D0, 0x620, 0x904, 0x3041, 0x4E00, 0xAC00, 0x1F300):
+        letters = [*map(chr, range(first, first + 90)), *" 7e,"]  # Latin to Korean, emoji
+        texts += ["".join(random.choices(letters, k=60)) for _ in range(50)]
+    assert [ours.tokenize(text) for text in texts] == real(texts).input_ids
+
+
+@needs_hub_files
+def test_t5_agrees_with_transformers_and_keeps_the_end(t5):
+    theirs, real, folder = t5
+    ours = model.load_text_encoder(folder, CPU, 256)
+    captions = ["", "a red", "fox on sand", " ".join(["a red fox on"] * 90)]
+    for batch in (captions, captions[3:]):
+        how = {"return_tensors": "pt", "padding": True, "truncation": True, "max_length": 256}
+        inputs = real(batch, **how)
+        expected = theirs(**inputs).last_hidden_state[inputs.attention_mask.bool()]
+        torch.testing.assert_close(torch.cat(ours.encode(batch)), expected, rtol=1e-4, atol=1e-4)
+    assert len(ours.encode(captions)[3]) == 256
+
+
+def test_words_know_order_and_scripts():
+    words = model.Words(9)
+    first, second, none, long = words.encode(["Red circle!", "circle red", "", "so " * 20])
+    assert torch.equal(first[0, :32], second[1, :32])
+    assert not torch.equal(first[0], second[0])
+    assert len(none) == 0
+    assert len(long) == 9
+    assert words.tokenize("The café") == words.tokenize("cafe\u0301")
+    assert words.tokenize("一只猫") == ["一", "只", "猫"]
+    assert words.tokenize("हिन्दी") != words.tokenize("हन्द")
+
+
+# ------------------------------------------------------------------------------ scenes and judging
+def changed_scenes(scene):
+    """The scene with one thing about it changed, in each possible way."""
+    first, *rest = scene.things
+    taken = [thing.place for thing in scene.things]
+    others = [first._replace(colour=c) for c in prepare.COLOURS if c != first.colour]
+    others += [first._replace(shape=s) for s in prepare.SHAPES if s != first.shape]
+    for place, (x, y) in prepare.PLACES.items():
+        if place not in taken:
+            x, y = 0.5 + prepare.STEP * x, 0.5 + prepare.STEP * y
+            others.append(first._replace(place=place, x=x, y=y))
+    changed = [scene._replace(things=[other, *rest]) for other in others]
+    changed += [scene._replace(background=b) for b in prepare.COLOURS if b != scene.background]
+    return [*changed, scene._replace(things=rest)]
+
+
+def test_check_passes_scenes_and_is_strict():
+    rng = np.random.default_rng(5)
+    passed, wrong = [], []
+    for _ in range(60):
+        scene = prepare.random_scene(rng)
+        for size in (32, 64):
+            passed.append(sample.check(prepare.render(scene, size), scene)["all"])
+        for other in random.sample(changed_scenes(scene), 8):  # or a picture between the two
+            share = rng.uniform(0.7, 1)
+            picture = (1 - share) * prepare.render(scene, 32) + share * prepare.render(other, 32)
+            wrong.append(sample.check(picture.round().astype(np.uint8), scene)["all"])
+        noise = rng.integers(0, 256, (32, 32, 3)).astype(np.uint8)
+        wrong.append(sample.check(noise, scene)["all"])
+    assert np.mean(passed) >= 0.995
+    assert np.mean(wrong) <= 0.01
+
+
+def test_check_judges_only_what_is_told_and_names_what_is_wrong():
+    left = prepare.Thing("red", "circle", "left", 0.23, 0.5, 0.16)
+    right = prepare.Thing("blue", "ring", "right", 0.77, 0.5, 0.16)
+    picture = prepare.render(prepare.Scene("white", [left, right]), 32)
+    told = prepare.Scene(None, [right._replace(place=None), left._replace(place=None)])
+    assert all(sample.check(picture, told).values())
+    swapped = [left._replace(colour="blue"), right._replace(colour="red")]
+    result = sample.check(picture, prepare.Scene("black", swapped))
+    assert [name for name, passed in result.items() if not passed] == ["background", "all"]
+
+
+def test_held_out_is_the_scene_not_the_caption():
+    def key(scene):
+        return scene.background, frozenset(thing[:3] for thing in scene.things)
+
+    rng = np.random.default_rng(0)
+    trained = {key(prepare.random_scene(rng)) for _ in range(3000)}
+    held_out = {key(prepare.random_scene(rng, "held-out")) for _ in range(300)}
+    never = {key(prepare.random_scene(rng, "composition")) for _ in range(300)}
+    assert not trained & (held_out | never)
+    pairs = {thing[:2] for _, things in trained for thing in things}
+    assert not pairs & prepare.NEVER_TRAINED
+
+
+def test_captions_tell_a_scene_in_several_ways():
+    left = prepare.Thing("red", "circle", "left", 0.23, 0.5, 0.16)
+    right = prepare.Thing("blue", "ring", "right", 0.77, 0.5, 0.16)
+    scene, rng = prepare.Scene("white", [left, right]), np.random.default_rng(0)
+    told = {prepare.caption(prepare.leave_open(scene, rng)) for _ in range(200)}
+    for text in (
+        "a red circle left of a blue ring on a white background",
+        "a blue ring right of a red circle",
+        "a red circle and a blue ring",
+    ):
+        assert text in told
+
+
+# -------------------------------------------------------------------------------- the command line
+def test_settings_become_flags_whatever_the_fields(monkeypatch, capsys):
+    @dataclasses.dataclass
+    class Settings:
+        bare: int = 3
+        percent: Annotated[float, "50% of it"] = 0.5
+        on: Annotated[bool, "on by default"] = True
+        names: Annotated[list[str], "some"] = ()
+
+    got = []
+    monkeypatch.setattr(sys, "argv", ["x", "--bare", "4", "--no-on", "--names", "a", "b"])
+    prepare.run_script(got.append, Settings, "A script.")
+    assert got == [Settings(4, 0.5, False, ["a", "b"])]
+    monkeypatch.setattr(sys, "argv", ["x", "--help"])
+    with pytest.raises(SystemExit):
+        prepare.run_script(got.append, Settings, "A script.")
+    assert "50% of it (default: 0.5)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("command", "sentence"),
+    [
+        ("train.py --batch_size 3", "is --batch-size meant?"),
+        ("train.py --ema 1.5", "--ema 1.5 is not between 0 and 1"),
+        ("train.py --data nowhere", "nowhere/meta.json"),
+        ("train.py --device mps", "finds no such device"),
+        ("prepare.py nowhere", "there is no nowhere"),
+        ("prepare.py --codec .", "no tiny autoencoder"),
+        ("prepare.py --codec taef2 --size 100", "112 is one"),
+        ("prepare.py --text x/y", "x/y is no folder"),
+        ("sample.py a --run x/y", "x/y is no folder"),
+    ],
+)
+def test_a_mistake_gets_one_sentence_and_leaves_nothing(command, sentence):
+    assert sentence in run(*command.split(), fails=True)
+    assert not os.listdir()
+
+
+def test_a_bug_of_a_fork_keeps_its_traceback():
+    random_prx(in_channels=3).save_pretrained("ours")
+
+    class Fork(model.PRX):
+        def __init__(self, config):
+            super().__init__(config)
+            self.missspelt.zero_()
+
+    with pytest.raises(AttributeError, match="missspelt"):
+        Fork.from_pretrained("ours")
+
+
+# --------------------------------------------------------------------------------------- the data
+def encode_picture(mode="RGB", size=(40, 30), kind="PNG", colour=0, **save):
+    """The bytes of a picture of one colour."""
+    data = io.BytesIO()
+    Image.new(mode, size, colour).save(data, kind, **save)
     return data.getvalue()
 
-def test_any_picture_from_a_folder():
-    (source := Path("photos/deeper")).mkdir(parents=True)
-    rotated, exif, source = Image.new("RGB", (60, 40), "red"), Image.Exif(), source.parent
-    rotated.paste("blue", (0, 0, 30, 40))
-    exif[0x0112] = 6                                           # the left side is the top
-    huge = b"IHDR" + struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
-    files = {"clear.png": make("RGBA", colour=(0, 0, 0, 51)), "deep.png": make("I;16", colour=9999),
-        "grey.png": make("L", colour=7), "cmyk.jpg": make("CMYK", kind="JPEG"), "bare.png": make(),
-        "long.png": make(size=(90, 9)), "same.png": make("L", (99, 99), colour=7), "text.png": b"x",
-        "palette.png": make("P", colour=0, transparency=0), "two.dots.webp": make(kind="WEBP"),
-        "moving.gif": make("P", kind="GIF"), "deeper/naïve name.bmp": make(kind="BMP"),
-        "broken.jpg": make("L", (400, 300), "JPEG")[:900], "0.png": b"", "s.png": make("L", (1, 1)),
-        "huge.png": make()[:12] + huge + struct.pack(">I", zlib.crc32(huge)) + make()[33:]}
+
+def display_p3():
+    """The colour profile of telephones: sRGB's with other primaries (XYZ under D50)."""
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    primaries = {
+        b"rXYZ": (0.51512, 0.24120, -0.00105),
+        b"gXYZ": (0.29198, 0.69225, 0.04189),
+        b"bXYZ": (0.15710, 0.06657, 0.78407),
+    }
+    for number in range(struct.unpack_from(">I", profile, 128)[0]):
+        name, offset, _ = struct.unpack_from(">4sII", profile, 132 + 12 * number)
+        if name in primaries:
+            values = [round(value * 65536) for value in primaries[name]]
+            struct.pack_into(">3i", profile, offset + 8, *values)
+    return bytes(profile)
+
+
+def prepare_folder(folder, capsys, **how):
+    """Prepare a folder of pictures at 16 pixels: latents by caption, and what was printed."""
+    prepare.prepare(prepare.Settings(source=str(folder), out="cache", **({"size": 16} | how)))
+    latents, captions = [], []
+    for shard in sorted(Path("cache").glob("shard-*")):
+        captions += json.loads((shard / "captions.json").read_text("utf-8"))
+        latents.append(np.load(shard / "latents.npy"))
+    return dict(zip(captions, np.concatenate(latents), strict=True)), capsys.readouterr().out
+
+
+def test_pictures_of_all_kinds_become_what_one_sees(capsys):
+    folder = Path("photos/deeper")
+    folder.mkdir(parents=True)
+    files = {
+        "clear.png": encode_picture("RGBA", colour=(0, 0, 0, 51)),
+        "cmyk.jpg": encode_picture("CMYK", kind="JPEG"),
+        "palette.png": encode_picture("P", transparency=0),
+        "two.dots.webp": encode_picture(kind="WEBP"),
+        "moving.gif": encode_picture("P", kind="GIF"),
+        "deeper/naïve name.BMP": encode_picture(kind="BMP"),
+        "profile.png": encode_picture(colour=(200, 80, 60), icc_profile=display_p3()),
+    }
     for name, data in files.items():
-        (source / name).write_bytes(data)
-        if name != "bare.png":
-            (source / name).with_suffix(".txt").write_text(f"{name}\0 in\nwords", "utf-8")
-    rotated.save(source / "rotated.jpg", exif=exif, quality=95)
-    (source / "rotated.json").write_text('{"prompt": "a\u2028turn"}')
-    output = run(f"prepare.py {source} --size 16 --min-words 2")
-    for line in ("4 x broken or gig", "1 x shorter side below 8", "1 x no le", "bare.png: no",
-                 "1 x longer side above 4", "1 x exact duplicate", "9 pictures, 52.9% of"):
-        assert line in output, output
-    captions = Path("data/photos/shard-00000/captions.txt").read_text("utf-8").splitlines()
-    latents = dict(zip(captions, np.load("data/photos/shard-00000/latents.npy", mmap_mode="r")))
-    assert len(latents) == 9 and "deeper/naïve name.bmp in words" in latents
-    assert latents["clear.png in words"].min() == 204 and latents["deep.png in words"].min() == 38
+        path = folder.parent / name
+        path.write_bytes(data)
+        path.with_suffix(".TXT").write_text(f"{name}\0 in\nwords", "utf-8")
+    turned, exif = Image.new("RGB", (60, 40), "red"), Image.Exif()
+    turned.paste("blue", (0, 0, 30, 40))
+    exif[0x0112] = 6  # the left side is the top
+    turned.save(folder.parent / "turned.jpg", exif=exif, quality=95)
+    (folder.parent / "turned.json").write_text('{"prompt": "a\u2028turn"}')
+    latents, output = prepare_folder("photos", capsys)
+    assert "8 pictures, 100.0%" in output
+    assert latents["clear.png in words"].min() == 204
+    assert latents["profile.png in words"][:, 0, 0].tolist() == [216, 69, 50]
     top, bottom = latents["a turn"][:, 2].mean(1), latents["a turn"][:, -3].mean(1)
-    assert top[2] > 200 > 50 > top[0] and bottom[0] > 200 > 50 > bottom[2]
-    output = run(f"prepare.py {source} --min-size 999 --out {source}", code=2)
-    assert "nothing usable" in output and all((source / name).exists() for name in files)
+    assert top[2] > 200 > 50 > top[0]
+    assert bottom[0] > 200 > 50 > bottom[2]
 
-def test_tar_shards_here_and_on_the_hub(tmp_path, monkeypatch):
-    Path("shards").mkdir()
-    for number in range(2):
-        with tarfile.open(f"shards/{number}.tar", "w") as tar:
-            for name, data in (("a/x.jpg", make(kind="JPEG")), ("a/x.json", b'{"prompt": "an x"}'),
-                    ("../y.0.png", make(size=(50, 50))), ("../y.txt", b"a y"),
-                    ("/z.png", make()), ("/z.txt", b"\xff\xfe\xff"), ("k.txt", b"alone"),
-                    ("\udcff.png", make()), ("\udcff.json", b'{"text": "an \\ud800"}')):
-                member = tarfile.TarInfo(name)
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
-    Path("shards/2.tar").write_bytes(Path("shards/1.tar").read_bytes()[:2100])
-    before = set(tmp_path.parent.rglob("*"))
-    output = run("prepare.py shards --size 16", processes=2)
-    meta = M.read_json("data/shards/meta.json")
-    assert meta["shards"]["shard-00000"] == meta["shards"]["shard-00001"] == 3, output
-    assert Path("data/shards/shard-00001/captions.txt").read_text() == "an x\na y\nan ?\n"
-    assert all("data" in path.parts for path in set(tmp_path.parent.rglob("*")) - before)
-    monkeypatch.setattr(P, "ask_hub", lambda function, repository, *files, **how:
-                        f"shards/{files[0]}" if files else ["x.txt", "0.tar"])
-    for source in "shards/0.tar", "user/name", "user/name:*.tar":
-        pictures = list(P.read_source(source))[:2]
-        assert [(each.mode, text) for each, text in pictures] == [("RGB", "an x"), ("RGB", "a y")]
 
-def test_cache_format_and_going_on_after_a_kill(trained, teacher):
-    meta, names = M.read_json(trained / "data/scenes/meta.json"), "latents text offsets teacher"
-    shard = trained / "data/scenes/shard-00000"
-    latents, text, offsets, features = (np.load(shard / f"{name}.npy") for name in names.split())
-    assert meta["latent_shape"] == [3, 32, 32] and latents.shape == (600, 3, 32, 32)
-    assert latents.dtype == np.uint8 and text.shape == (offsets[-1], 96) and len(offsets) == 601
+def test_what_cannot_be_used_is_left_out_with_the_reason(capsys):
+    header = b"IHDR" + struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
+    picture = encode_picture()
+    files = {
+        "good.png": picture,
+        "broken.jpg": encode_picture("L", (400, 300), "JPEG")[:900],
+        "empty.png": b"",
+        "gigantic.png": picture[:12]
+        + header
+        + struct.pack(">I", zlib.crc32(header))
+        + picture[33:],
+        "small.png": encode_picture(size=(1, 1)),
+        "long.png": encode_picture(size=(90, 9)),
+        "deep.tiff": encode_picture("F", colour=0.5, kind="TIFF"),
+        "phone.heic": b"x",
+    }
+    Path("photos").mkdir()
+    for name, data in files.items():
+        Path("photos", name).write_bytes(data)
+        Path("photos", name).with_suffix(".txt").write_text("two words")
+    Path("photos/bare.png").write_bytes(picture)
+    Path("photos/._bare.png").write_bytes(picture)
+    captions = {"one.txt": "word", "null.txt": " ", "latin.txt": b"caf\xe9", "list.json": "[]"}
+    for name, text in captions.items():
+        Path("photos", name).write_bytes(text if isinstance(text, bytes) else text.encode())
+        Path("photos", name).with_suffix(".png").write_bytes(picture)
+    latents, output = prepare_folder("photos", capsys, min_words=2)
+    assert list(latents) == ["two words"]
+    for line in (
+        "3 x broken or gigantic",
+        "1 x shorter side below 8",
+        "1 x longer side above 4",
+        "1 x grey values of kind F",
+        "1 x kind of file not read here: photos/phone.heic",
+        "1 x no caption beside it: photos/bare.png",
+        "1 x caption below 2 words: photos/one.png",
+        "1 x empty caption",
+        "2 x caption that is not UTF-8, or no JSON object",
+        "1 pictures, 7.7%",
+    ):
+        assert line in output, output
+
+
+def test_captions_are_paired_never_guessed(capsys):
+    Path("photos").mkdir()
+    files = {
+        "Screenshot 12.30.45.png": encode_picture(),
+        "Screenshot 12.30.45.txt": b"half past",
+        "Screenshot 12.31.02.png": encode_picture(),
+        "Screenshot 12.31.02.txt": b"a minute later",
+        "s0.input.png": encode_picture(),
+        "s0.outputs.txt": b"outputs",
+        "x.png": encode_picture(),
+        "x.mask.png": encode_picture(),
+        "x.txt": b"an x",
+        "twice.png": encode_picture(),
+        "twice.jpg": encode_picture(kind="JPEG"),
+        "twice.txt": b"which one",
+        "differ.png": encode_picture(),
+        "differ.txt": b"this",
+        "differ.json": b'{"text": "that"}',
+        "wide.png": encode_picture(),
+        "wide.caption": "two bytes".encode("utf-16"),
+        "list.png": encode_picture(),
+        "list.txt": b"",
+        "list.json": b'{"caption": ["a fox", "a red fox"]}',
+        "object.png": encode_picture(),
+        "object.json": b'{"caption": {"a": 1}}',
+    }
+    with tarfile.open("photos/shard.tar", "w") as tar:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    latents, output = prepare_folder("photos", capsys)
+    wanted = ["half past", "a minute later", "outputs", "an x", "two bytes", "a red fox"]
+    assert sorted(latents) == sorted(wanted), output
+    assert "1 x no caption beside it: photos/shard.tar/x.mask.png" in output
+    assert "2 x two pictures for one caption" in output
+    assert "1 x two captions that differ" in output
+    assert "1 x caption that is no text" in output
+
+
+def test_a_refused_source_leaves_nothing_and_a_broken_tar_is_read_up_to_there(capsys):
+    Path("photos").mkdir()
+    Path("photos/a.png").write_bytes(encode_picture())
+    with pytest.raises(model.UserError, match="no picture with a caption"):
+        prepare_folder("photos", capsys)
+    assert not Path("cache").exists()
+    Path("photos/a.txt").write_text("an a")
+    assert list(prepare_folder("photos", capsys)[0]) == ["an a"]
+
+
+def test_the_cache_holds_what_it_says(scenes):
+    meta, shard = model.read_json(scenes / "meta.json"), scenes / "shard-00000"
+    names = ("latents", "text", "offsets", "teacher")
+    latents, text, offsets, features = (np.load(shard / f"{name}.npy") for name in names)
+    assert meta["shards"] == {"shard-00000": 600}
+    assert latents.shape == (600, *meta["latent_shape"]) == (600, 3, 32, 32)
+    assert latents.dtype == np.uint8
     measured = latents.mean((0, 2, 3)) / 127.5 - 1, latents.std((0, 2, 3)) / 127.5
     np.testing.assert_allclose((meta["mean"], meta["std"]), measured, atol=1e-4)
-    tokens = P.Words()((shard / "captions.txt").read_text().splitlines())[7]
-    np.testing.assert_allclose(text[offsets[7]:offsets[8]], tokens, atol=1e-3)
-    shown = P.load_teacher(teacher[0], "cpu", 4).on_grid(torch.tensor(latents) / 127.5 - 1)
-    assert F.cosine_similarity(torch.tensor(features).float(), shown).min() > 0.98        # of bf16
-    run("prepare.py --limit 9000", until=(file := Path("data/scenes/shard-00000/latents.npy")))
-    first = file.stat()
-    assert "9,000 p" in run("prepare.py --limit 9000", processes=2) and file.stat() == first
-    assert "complete" in run("prepare.py --limit 9000")
+    captions = json.loads((shard / "captions.json").read_text())
+    expected = model.Words(256).encode([captions[7]])[0]
+    np.testing.assert_allclose(text[offsets[7] : offsets[8]], expected, atol=1e-3)
+    teacher = model.load_teacher(scenes.parent / "teacher", CPU)
+    seen = teacher.features(torch.tensor(latents[:9]) / 127.5 - 1, 4)
+    assert F.cosine_similarity(torch.tensor(features[:9]).float(), seen).min() > 0.98  # bf16
 
-def test_a_run_and_its_folder_and_sampling(trained):
-    out, rows = trained / "out/scenes", list(csv.DictReader(open(trained / "out/scenes/log.csv")))
-    assert [row["step"] for row in rows] == "10 20 30 40 48".split()
+
+def test_preparing_goes_on_after_a_kill():
+    process = start("prepare.py", "--limit", 9000)
+    wait_for(Path("data/scenes/shard-00000"), process)
+    kill_all(process)
+    before = Path("data/scenes/shard-00000/latents.npy").stat().st_mtime_ns
+    assert not Path("data/scenes/meta.json").exists()
+    assert "9,000 pictures" in run("prepare.py", "--limit", 9000)
+    assert Path("data/scenes/shard-00000/latents.npy").stat().st_mtime_ns == before
+    assert "complete" in run("prepare.py", "--limit", 9000)
+    assert "size was 32 and is now 64" in run("prepare.py", "--size", 64, fails=True)
+    assert not list(Path("data").rglob("*.partial"))
+
+
+@pytest.mark.parametrize("name", ["meta.json", "latents.npy", "text.npy", "offsets.npy"])
+def test_a_broken_cache_is_refused(scenes, name):
+    shutil.copytree(scenes, "cache")
+    path = next(Path("cache").rglob(name))
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(model.UserError, match=r"cache"):
+        train.Cache("cache", with_teacher=False)
+
+
+# ---------------------------------------------------------------------------- training and drawing
+@pytest.fixture(scope="session")
+def trained(scenes):
+    """A short run on the scenes, with routing and REPA."""
+    out = scenes.parent / "run"
+    how = TINY | {"steps": 48, "sample_every": 20, "repa": 1, "repa_until": 0.5, "data": scenes}
+    assert "took" in run("train.py", *flags(how | {"out": out}))
+    return out
+
+
+def test_a_run_leaves_log_samples_weights_and_a_film(trained):
+    rows = read_log(trained)
+    assert [row["step"] for row in rows] == ["10", "20", "30", "40", "48"]
     assert float(rows[-1]["loss"]) < float(rows[0]["loss"])
-    assert len(list((out / "samples").iterdir())) == Image.open(out / "learning.gif").n_frames == 3
-    assert "finished in" in run(f"train.py {TINY} --steps 48 --sample-every 20", trained)
-    output = run(f"train.py {TINY} --steps 30 --lr 0.01", trained, code=2)
-    assert "lr was 0.003 and is now 0.01" in output and "steps was 48 and is now 30" in output
-    assert "not finite" in run(f"train.py {TINY} --lr 1e12 --save-every 1 --out b", trained, code=2)
-    assert all(p.isfinite().all() for p in M.PRX.from_pretrained(trained / "b").parameters())
-    how = f"--run {trained}/out/scenes --steps 3 --seed 5 --out"
-    run(f"sample.py a ring b --n 2 {how} many")
-    run(f"sample.py b {how} one")
-    many, one = (np.asarray(Image.open(name)) / 1. for name in ("many/0004.png", "one/0000.png"))
-    assert one.shape == (32, 32, 3) and abs(many - one).max() <= 2 and one.std() > 1
-    assert "12 drawn" in run(f"sample.py {how} all.png")
-    assert "composition" in run(f"sample.py --score --guidance-mode self {how} none")
+    assert len(list((trained / "samples").iterdir())) == 3
+    assert Image.open(trained / "learning.gif").n_frames == 3
+    theirs = diffusers.PRXTransformer2DModel.from_pretrained(
+        trained / "ema", low_cpu_mem_usage=False
+    )
+    assert theirs.config.depth == 4
 
-@pytest.mark.parametrize("how, processes", [
-    (signal.SIGKILL, 0), (signal.SIGTERM, 0), (signal.SIGINT, 0), (signal.SIGKILL, 2)])
-def test_an_interrupted_run_goes_on_exactly(trained, how, processes):
-    command = f"train.py {TINY} --steps 40 --save-every 7 --data {trained}/data/scenes --out"
-    output = run(f"{command} cut", None, 0, processes, until=Path("cut/ckpt.pt"), how=how)
-    assert how == signal.SIGKILL or "goes on" in output
-    assert 0 < torch.load("cut/ckpt.pt", weights_only=True)["log"][0] < 40
-    if how == signal.SIGTERM:                              # as if the disk were full of all else
-        assert "File too large" in run(f"{command} cut", code=1, room=99_999)
-        assert not list(Path("cut").rglob("*.partial"))
-    for out in "cut", "whole":
-        run(f"{command} {out}", processes=processes)
-    cut, whole = (M.PRX.from_pretrained(name).state_dict() for name in ("cut", "whole"))
-    torch.testing.assert_close(cut, whole, rtol=0, atol=0)
-    steps = [int(row["step"]) for row in csv.DictReader(open("cut/log.csv"))]
-    assert steps == sorted(set(steps)) and {10, 40} <= set(steps)
 
-def test_processes_parts_of_a_batch_and_an_ended_repa_change_nothing(trained):
-    losses, data = {}, f"--data {trained}/data/scenes"
-    for out, how, processes in [("one", "", 0), ("two", "", 2), ("parts", "--micro-batch 6", 0),
-            ("off", "--repa 0", 0), ("end", "--repa-until 0", 0), ("dino", "--pdino 1", 0)]:
-        run(f"train.py {TINY} --steps 20 --dtype fp32 {data} --out {out} {how}", None, 0, processes)
-        losses[out] = [float(row["loss"]) for row in csv.DictReader(open(f"{out}/log.csv"))]
-    for one, same, other in ["one", "two", "dino"], ["one", "parts", "off"], ["off", "end", "one"]:
-        np.testing.assert_allclose(losses[one], losses[same], rtol=1e-4)
-        assert losses[one][1] != losses[other][1]
+def test_a_run_goes_on_with_more_steps_but_not_on_other_data(trained, scenes):
+    shutil.copytree(trained, "run")
+    shutil.copytree(scenes, "moved")
+    how = TINY | {"steps": 50, "repa": 1, "out": "run", "data": "moved/", "lr": 0.001}
+    run("train.py", *flags(how))
+    assert [row["step"] for row in read_log("run")][-2:] == ["48", "50"]
+    meta = model.read_json("moved/meta.json")
+    model.write_json("moved/meta.json", meta | {"mean": [0, 0, 0]})
+    assert "other settings: data" in run("train.py", *flags(how), fails=True)
 
-@pytest.mark.parametrize("name, damage", [
-    ("meta.json", lambda d: d.replace(b'"tokens"', b'"t"')), ("meta.json", lambda d: b"{"),
-    ("latents.npy", lambda d: d[:-9]), ("latents.npy", lambda d: b""), ("offsets.npy", None),
-    ("text.npy", lambda d: d[:-1] + b"\x7f"), ("offsets.npy", lambda d: d[:136] + d[:8] + d[144:])])
-def test_a_broken_cache_is_refused(trained, name, damage):
-    path = next(shutil.copytree(trained / "data/scenes", Path("cache")).rglob(name))
-    path.write_bytes(damage(path.read_bytes())) if damage else path.unlink()
-    with pytest.raises(M.Refused, match=name):
-        T.Cache(Path("cache"), "cpu")
 
-@pytest.mark.parametrize("command, sentence", [
-    ("train.py --stepz 3", "arguments: --stepz"), ("train.py --ema 1.5", "ema: 1.5 is not in [0"),
-    ("train.py --width 100", "100 is no mul"), ("sample.py", "out/scenes is not here"),
-    ("train.py --patch-size 5", "does not divide latents"), ("train.py --data x", "of no cache"),
-    ("prepare.py photos", "neither a tar, a"), ("prepare.py --codec .", "does not hold a Tiny"),
-    ("prepare.py x/y", "x/y is not here, and"), ("sample.py a --run x/y", "x/y is not here, and"),
-    ("prepare.py --text .", "config.json"), ("train.py --micro-batch -1", "batch: -1 is not in")])
-def test_wrong_flags_and_missing_things(command, sentence):
-    assert sentence in run(command, code=2) and not os.listdir()
+def test_a_checkpoint_without_a_newer_setting_goes_on(trained):
+    old = {"seed": 0, "size": 32}
+    prepare.refuse_differences("x", old, {"seed": 0, "size": 32, "new": 1})
+    with pytest.raises(model.UserError, match="seed was 0 and is now 1"):
+        prepare.refuse_differences("x", old, {"seed": 1})
 
-def test_help_tells_every_flag_and_the_readme_links_to_the_right_lines():
-    output, readme = run("train.py --help"), (HERE / "README.md").read_text("utf-8")
-    links = re.findall(r"\[`(\w+)`\]\((\w+\.py)#L(\d+)\)", readme)
-    assert links and all("--" + name.replace("_", "-") in output for name in vars(T.Config()))
-    for name, file, number in links:
-        line = (HERE / file).read_text("utf-8").splitlines()[int(number) - 1]
-        assert re.match(rf"(def|class) {name}\b", line), (name, line)
+
+def test_an_infinite_loss_ends_in_a_sentence_and_saves_nothing(scenes):
+    how = TINY | {"data": scenes, "lr": 1e12, "save_every": 1, "out": "run"}
+    assert "the loss is infinite" in run("train.py", *flags(how), fails=True)
+    assert all(weight.isfinite().all() for weight in weights_of("run").values())
+
+
+@pytest.mark.parametrize(
+    ("how", "processes"),
+    [
+        (signal.SIGKILL, 1),
+        (signal.SIGTERM, 1),
+        (signal.SIGINT, 1),
+        (signal.SIGHUP, 1),
+        (signal.SIGKILL, 2),
+        (signal.SIGTERM, 2),
+    ],
+)
+def test_an_interrupted_run_goes_on_to_the_bit(scenes, how, processes):
+    settings = TINY | {"data": scenes, "steps": 40, "save_every": 7, "repa": 1}
+    cut = start("train.py", *flags(settings | {"out": "cut"}), processes=processes)
+    wait_for(Path("cut/ema/nanoprx.json"), cut)
+    if how == signal.SIGKILL:
+        kill_all(cut)
+    else:
+        cut.send_signal(how)
+        assert "goes on" in cut.communicate(timeout=60)[0]
+    assert torch.load("cut/ckpt.pt", weights_only=True)["step"] < 40
+    for out in ("cut", "whole"):
+        run("train.py", *flags(settings | {"out": out}), processes=processes)
+    torch.testing.assert_close(weights_of("cut"), weights_of("whole"), rtol=0, atol=0)
+
+
+def test_a_full_disk_ends_in_a_sentence_and_keeps_the_last_checkpoint(trained):
+    shutil.copytree(trained, "run")
+    before = Path("run/ckpt.pt").read_bytes()
+    how = TINY | {"steps": 60, "repa": 1, "out": "run", "data": trained.parent / "data"}
+    output = run("train.py", *flags(how), fails=True, file_limit=99_999)
+    assert "cannot be written" in output
+    assert Path("run/ckpt.pt").read_bytes() == before
+    assert not list(Path("run").rglob("*.partial"))
+
+
+def test_processes_and_parts_of_a_batch_change_nothing(scenes):
+    settings = TINY | {"data": scenes, "steps": 20, "dtype": "fp32", "repa": 1}
+    losses = {}
+    for out, more, processes in (
+        ("one", {}, 1),
+        ("two", {}, 2),
+        ("parts", {"micro_batch": 6}, 1),
+        ("other", {"repa": 0}, 1),
+    ):
+        run("train.py", *flags(settings | more | {"out": out}), processes=processes)
+        losses[out] = [float(row["loss"]) for row in read_log(out)]
+    np.testing.assert_allclose(losses["one"], losses["two"], rtol=1e-4)
+    np.testing.assert_allclose(losses["one"], losses["parts"], rtol=1e-4)
+    assert losses["one"][1] != losses["other"][1]
+
+
+def test_float16_trains_with_a_scaler(scenes):
+    settings = TINY | {"data": scenes, "steps": 4, "warmup": 1}
+    for dtype in ("fp16", "fp32"):
+        run("train.py", *flags(settings | {"dtype": dtype, "out": dtype}))
+    state = torch.load("fp16/ckpt.pt", weights_only=True)
+    assert state["scaler"]["scale"] > 1
+    losses = [[float(row["loss"]) for row in read_log(dtype)] for dtype in ("fp16", "fp32")]
+    np.testing.assert_allclose(*losses, rtol=0.05)
+
+
+def test_a_second_stage_begins_with_the_weights_of_the_first(trained, scenes):
+    how = TINY | {"data": scenes, "init": trained, "steps": 1, "lr": 1e-9, "muon_lr": 1e-9}
+    run("train.py", *flags(how | {"out": "second", "batch_size": 4}))
+    torch.testing.assert_close(weights_of("second"), weights_of(trained))
+    output = run("train.py", *flags(how | {"out": "third", "width": 64}), fails=True)
+    assert "do not fit" in output
+
+
+@needs_hub_files
+def test_latents_of_a_codec_from_the_hub_and_a_t5_train_and_draw(t5):
+    how = {"size": 128, "codec": "taef2", "text": str(t5[2]), "max_tokens": 9, "limit": 9}
+    prepare.prepare(prepare.Settings(out="cache", **how))
+    latents = torch.tensor(np.load("cache/shard-00000/latents.npy")).float()
+    images = np.stack([prepare.draw_scene(number, 128)[2] for number in range(9)])
+    decoded = model.load_codec("taef2", CPU).decode(latents).clamp(-1, 1) / 2 + 0.5
+    error = decoded - torch.tensor(images).permute(0, 3, 1, 2) / 255
+    assert -10 * error.square().mean((1, 2, 3)).log10().mean() > 27  # dB
+    meta = model.read_json("cache/meta.json")
+    model.write_json("cache/meta.json", meta | {"source": "photos"})
+    run("train.py", *flags({"data": "cache", "out": "run", "steps": 2, "batch_size": 4}))
+    run("sample.py", "a red fox", *flags({"run": "run", "steps": 2, "out": "fox.jpg"}))
+    assert Image.open("fox.jpg").format == "JPEG"
+    assert "not trained on scenes" in run("sample.py", "--score", "--run", "run", fails=True)
+
+
+def test_a_picture_is_the_same_whatever_else_is_drawn(trained):
+    how = flags({"run": trained, "steps": 3, "seed": 5})
+    run("sample.py", "a ring", "b", *how, "--n", 2, "--out", "many")
+    run("sample.py", "b", *how, "--out", "one/")
+    assert "12 drawn" in run("sample.py", *how, "--out", "all.png")
+    many, one = (np.asarray(Image.open(path)) / 1.0 for path in ("many/0002.png", "one/0000.png"))
+    assert one.shape == (32, 32, 3)
+    assert abs(many - one).max() <= 2
+    assert one.std() > 1
+
+
+def make_pipeline(trained, network):
+    """A Pipeline of the run with another network."""
+    info = model.read_json(trained / "ema/nanoprx.json")
+    return sample.Pipeline(network, info, CPU)
+
+
+def test_longer_prompts_than_in_training_are_not_cut(trained):
+    network = random_prx(in_channels=3, patch_size=8, context_in_dim=96)
+    torch.nn.init.normal_(network.txt_in.weight)
+    for block in network.blocks:
+        torch.nn.init.normal_(block.attention.txt_kv_proj.weight)
+    pipeline = make_pipeline(trained, network)
+    prompt = "a red circle left of a blue square on a white background "
+    prompts = [prompt, prompt * 2 + "red", prompt * 2 + "blue"]
+    together = pipeline.draw(prompts, [0, 0, 0], 2).astype(float)
+    alone = np.concatenate([pipeline.draw([text], [0], 2) for text in prompts])
+    assert abs(together - alone).max() <= 2
+    assert abs(together[1] - together[2]).max() > 2
+
+
+def test_the_sampler_is_that_of_diffusers(trained):
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(8)
+    seen = []
+
+    def network(x, t, text, mask):
+        seen.append((t[0].item(), len(x)))
+        return x * t[:, None, None, None]
+
+    noise = torch.randn(1, 3, 4, 4)
+    x = noise.clone()
+    for t in scheduler.timesteps:
+        x = scheduler.step(x * t / 1000, t, x).prev_sample
+    text, mask = torch.zeros(2, 1, 1), torch.ones(2, 1, dtype=torch.bool)
+    info = {"shift": 3.0, "predict": "v"}
+    ours = sample.generate(network, text, mask, noise, info, 8, guidance_scale=1)
+    torch.testing.assert_close(ours, x)
+    assert [count for _, count in seen] == [1] * 8  # without guidance one pass a step
+
+
+def test_guidance_goes_away_from_the_empty_caption():
+    def network(x, t, text, mask):
+        return text.mean((1, 2))[:, None, None, None].expand_as(x)
+
+    noise, text = torch.randn(3, 1, 2, 2), torch.tensor([1.0, 2, 2, 2])[:, None, None]
+    mask, info = torch.ones(4, 1, dtype=torch.bool), {"shift": 1.0, "predict": "v"}
+    latents = sample.generate(network, text, mask, noise, info, 5, guidance_scale=3.0)
+    torch.testing.assert_close(latents, noise - (1 + 3.0 * (2 - 1)))
+
+
+def test_score_reports_every_kind_and_attribute(trained):
+    network = model.PRX.from_pretrained(trained / "ema")
+    shares = sample.score(make_pipeline(trained, network), 2, steps=1)
+    kinds = {"named", "open", "free", "composition"}
+    assert shares.keys() == kinds | {"colour", "shape", "place", "background", "count"}

@@ -6,285 +6,465 @@
 The same command again goes on where the run stopped. The folder of a run, out/scenes, holds
 `ckpt.pt`, `ema/` (the averaged weights, to sample with), `log.csv`, `samples/`, `learning.gif`.
 """
-import ctypes, dataclasses, functools, json, os, signal, sys, time
+
+import copy
+import dataclasses
+import importlib.util
+import math
+import os
+import pickle
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
-import numpy as np, torch, torch.nn as nn, torch.nn.functional as F
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from PIL import Image
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
-from model import (PRX, PRXConfig, Refused, pick_device, read_json, refusing, sample_timesteps,
-                   velocity, whole_file, write_json)
-from prepare import (count, load_codec, load_teacher, load_text_encoder, natural, pad, positive,
-                     prepare, refuse_differences, run_script, share, weight)
-from sample import draw, grid, score
+
+import prepare
+from model import (
+    PRX,
+    PRXConfig,
+    UserError,
+    load_weights,
+    pick_device,
+    read_json,
+    sample_timesteps,
+    velocity,
+    whole_file,
+    write_json,
+)
+from sample import Pipeline, find_model, grid, score
+
 
 @dataclasses.dataclass
-class Config:
-    """All settings of a run. Each field is a flag, and its comment the help."""
-    data: str = "data/scenes"      # a cache that prepare.py wrote
-    out: str = ""                  # folder of the run; "": out/ and the cache's name
-    init: str = ""                 # a run or a model of the same sizes, to begin as a second stage
-    steps: count = 950             # optimizer steps
-    batch_size: count = 128        # pictures in a step, over all processes
-    micro_batch: natural = 0       # pictures a process takes at once, to save memory; 0: all
-    seed: natural = 0              # of the weights, the order, the noise and the timesteps
-    save_every: count = 500        # steps from checkpoint to checkpoint
-    sample_every: count = 200      # steps from sample grid to sample grid
-    patch_size: natural = 0        # side of a token in latents; 0: 8 or more for pixels, else 2
-    width: natural = 0             # hidden size of the network; 0: 128 for pixels, else 384
-    depth: natural = 0             # blocks; 0: 3 for pixels, else 8
-    mlp_ratio: positive = 3.0      # width of the MLP over hidden size
-    bottleneck: natural = 64       # of patches of pixels, its width (PRX: 256, patch 32); 0: none
-    predict: Literal["x", "v"] = "x"                    # clean picture (JiT) or velocity
-    t_floor: share = 0.3           # t below it weighs as little in the loss (JiT and PRX: 0.05)
-    shift: positive = 1.0          # timestep shift, in sampling too (PRX: 3 for pixels at 1024 px)
-    repa: weight = 0.0             # weight of REPA, with a teacher (PRX: 0.5, FID 18.20 to 14.64)
-    repa_until: share = 1.0        # share of the run after which it ends (PRX: helps only early)
-    pdino: weight = 0.0            # weight of P-DINO, on pixels (PRX: 0.01); needs a teacher
-    route: share = 0.0             # share of tokens that skip the middle blocks (TREAD; PRX: 0.5)
-    caption_dropout: share = 0.1   # share of captions left empty, for guidance (PRX: 0.1)
-    optimizer: Literal["muon", "adamw"] = "muon"        # for the blocks (PRX: FID 15.55 or 18.20)
-    muon_lr: positive = 5e-3       # learning rate of Muon (PRX: 1e-4)
-    lr: positive = 3e-3            # learning rate of AdamW (PRX: 1e-4)
-    warmup: natural = 30           # steps of linear warm-up (PRX: 1,000)
-    cooldown: share = 0.3          # last share of the steps, with a linear cool-down (PRX: none)
-    clip: positive = 1.0           # norm to which gradients are clipped (PRX: 0.2)
-    ema: share = 0.98              # decay of the averaged weights, each step (PRX: 0.999 every 10)
-    dtype: Literal["auto", "bf16", "fp32"] = "auto"     # autocast; auto: bf16 if there is hardware
-    weights: Literal["fp32", "bf16"] = "fp32"           # bf16 (and autocast): FID 18.20 to 21.87
-    compile: Literal["auto", "on", "off"] = "auto"      # torch.compile; auto: on CUDA
-# -------------------------------------------------------------------------------------- the data
-def load_array(folder, name, dtype, *shape):
-    """The .npy file of that type and shape, mapped into memory. Raises Refused, also at NaN."""
-    with refusing(f"{folder}/{name}.npy cannot be used; prepare anew (teacher.npy: --teacher)"):
-        array = np.load(folder / f"{name}.npy", mmap_mode="r")
-        finite = array.dtype.kind != "f" or np.isfinite(array.sum(dtype=float))
-        if (array.dtype, array.shape, finite) != (dtype, shape, True):
-            raise ValueError(f"it does not hold finite {dtype} of shape {shape}")
-        return array
+class Settings:
+    """All settings of a run. Each field is a flag; figures of PRX are FIDs, 18.20 without."""
 
-class Cache(torch.utils.data.Dataset):
-    """What prepare.py wrote, mapped into memory; what goes with every batch is on the device.
-    Raises Refused where a file is missing or broken, or does not fit meta.json."""
-    def __init__(self, folder, device, repa=0, pdino=0):
-        with refusing(f"{folder}/meta.json tells of no cache; prepare one in a new --out"):
-            self.meta = meta = json.loads((folder / "meta.json").read_bytes())
-            [meta[key] for key in ("source", "text", "examples")]           # are these there, too?
-            if pdino and meta["codec"] != "pixels":
-                raise Refused("--pdino compares pictures, but these are latents; --repa takes both")
-            statistics = torch.tensor([meta["mean"], meta["std"]], device=device)
-            self.mean, self.std = statistics.view(2, meta["latent_shape"][0], 1, 1)
-            self.starts, self.shards = np.cumsum([0, *meta["shards"].values()]), []
-            for name, pictures in meta["shards"].items():
-                load = functools.partial(load_array, shard := folder / name)
-                offsets = load("offsets", "int64", pictures + 1)
-                if offsets[0] or not {*np.diff(offsets)} <= {*range(meta["tokens"] + 1)}:
-                    raise Refused(f"{shard}/offsets.npy does not rise from 0 as it should")
-                text = load("text", "float16", offsets[-1], meta["text_dim"])
-                arrays = [load("latents", meta["dtype"], pictures, *meta["latent_shape"])]
-                if repa or pdino:
-                    arrays.append(load("teacher", "float16", pictures, *meta["teacher_shape"]))
-                self.shards.append((text, offsets, arrays))
-    def __getitems__(self, indices):
-        """Text (B, tokens, D), zero-padded, stored latents (B, C, H, W), features (B, D, h, w)."""
-        some_text, some_rows = [], []
-        for index in indices:
-            number = np.searchsorted(self.starts, index, "right") - 1
-            (text, offsets, arrays), index = self.shards[number], index - self.starts[number]
-            some_rows.append([array[index] for array in arrays])
-            some_text.append(torch.tensor(text[slice(*offsets[index:index + 2])]))
-        arrays = (torch.from_numpy(np.stack(rows)) for rows in zip(*some_rows))
-        return pad(some_text, self.meta["tokens"]), *arrays
+    data: Annotated[str, "a cache that prepare.py wrote"] = "data/scenes"
+    out: Annotated[str, "folder of the run; '': out/ and the cache's name"] = ""
+    init: Annotated[str, "a run or model of the same sizes to begin with, as a second stage"] = ""
+    steps: Annotated[int, "optimizer steps; with more a finished run goes on"] = 950
+    batch_size: Annotated[int, "pictures in a step, over all processes"] = 128
+    micro_batch: Annotated[int, "pictures a process takes at once, to save memory; 0: all"] = 0
+    seed: Annotated[int, "of the weights, the order, the noise and the timesteps"] = 0
+    save_every: Annotated[int, "steps from checkpoint to checkpoint"] = 500
+    sample_every: Annotated[int, "steps from sample grid to sample grid"] = 200
+    patch_size: Annotated[int, "side of a token in latents; 0: 8 or more for pixels, else 2"] = 0
+    width: Annotated[int, "hidden size of the network; 0: 128 for pixels, else 384"] = 0
+    depth: Annotated[int, "blocks; 0: 3 for pixels, else 8"] = 0
+    mlp_ratio: Annotated[float, "width of the MLP over hidden size (PRX: 3.5)"] = 3.0
+    bottleneck: Annotated[int, "width of the bottleneck of pixel patches (PRX: 256); 0: none"] = 64
+    predict: Annotated[Literal["x", "v"], "clean picture (JiT; PRX on pixels) or velocity"] = "x"
+    t_floor: Annotated[float, "t below it weighs as little in the loss (JiT, PRX: 0.05)"] = 0.3
+    shift: Annotated[float, "timestep shift, in sampling too (PRX: 3 at 1024 px)"] = 1.0
+    repa: Annotated[float, "weight of REPA, with a teacher (PRX: 0.5, FID 14.64)"] = 0.0
+    repa_until: Annotated[float, "share of the run after which REPA ends (PRX: early)"] = 1.0
+    route: Annotated[float, "share of tokens that skip blocks (TREAD; PRX: 0.5)"] = 0.0
+    caption_dropout: Annotated[float, "share of captions left empty, for guidance (PRX: 0.1)"] = 0.1
+    optimizer: Annotated[Literal["muon", "adamw"], "of the blocks (PRX: FID 15.55, 18.20)"] = "muon"
+    muon_lr: Annotated[float, "learning rate of Muon (PRX: 1e-4)"] = 5e-3
+    lr: Annotated[float, "learning rate of AdamW (PRX: 1e-4)"] = 3e-3
+    warmup: Annotated[int, "steps of linear warm-up (PRX: 1,000)"] = 30
+    cooldown: Annotated[float, "last share of the steps, with a linear cool-down (PRX: 0)"] = 0.3
+    clip: Annotated[float, "norm to which gradients are clipped (PRX: 0.2)"] = 1.0
+    ema: Annotated[float, "decay of the averaged weights a step (PRX: 0.999 every 10)"] = 0.98
+    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], "auto: the best there is"] = "auto"
+    dtype: Annotated[Literal["auto", "bf16", "fp16", "fp32"], "of matrix products"] = "auto"
+    compile: Annotated[Literal["auto", "on", "off"], "torch.compile; auto: on CUDA"] = "auto"
 
-def batches(pictures, config, first_step, rank, world):
-    """Yield for each step the numbers of this process's pictures, from seed and step alone, so that
-    a resumed run goes on in order. A batch may reach into the next epoch, so that none is short."""
-    order = functools.lru_cache(2)(lambda epoch: np.random.default_rng(
-        (config.seed, epoch)).permutation(pictures))
-    for step in range(first_step, config.steps):
-        batch = range(step * config.batch_size, (step + 1) * config.batch_size)
-        yield [order(n // pictures)[n % pictures] for n in batch[rank::world]]
-# --------------------------------------------------------------------------- model and optimizers
-def make_model(config, meta):
-    """The network for a cache; fills in what is 0 in config. Raises Refused where sizes clash."""
-    (channels, *sides), pixels = meta["latent_shape"], meta["codec"] == "pixels"
-    config.patch_size = config.patch_size or (max(8, sides[0] // 16) if pixels else 2)
-    config.width = config.width or (128 if pixels else 384)
-    config.depth, heads = config.depth or (3 if pixels else 8), max(4, config.width // 64)
-    if any(side % config.patch_size for side in sides):
-        raise Refused(f"--patch-size {config.patch_size} does not divide latents of {sides}")
-    return PRX(PRXConfig(
-        in_channels=channels, patch_size=config.patch_size, context_in_dim=meta["text_dim"],
-        hidden_size=config.width, mlp_ratio=config.mlp_ratio, num_heads=heads, depth=config.depth,
-        axes_dim=(config.width // heads // 2,) * 2, theta=100,            # 2403.13298; PRX: 10000
-        bottleneck_size=pixels and config.bottleneck or None))
+    def __post_init__(self):
+        self.out = self.out or f"out/{Path(self.data).resolve().name}"
+        prepare.check_range(self, 1, math.inf, "steps", "batch_size", "save_every", "sample_every")
+        prepare.check_range(self, 0, 1, "repa_until", "route", "caption_dropout", "ema")
 
-def make_optimizers(network, config):
-    """AdamW, and Muon (kellerjordan.github.io/posts/muon) for the matrices that a block's tokens go
-    through, its updates as large as AdamW's (2502.16982). PRX: momentum 0.95, no weight decay."""
+
+# --------------------------------------------------------------------------------------- the data
+class Cache:
+    """What prepare.py wrote, mapped into memory. Raises UserError where it is none, or broken."""
+
+    def __init__(self, folder, with_teacher):
+        self.meta = read_json(Path(folder) / "meta.json")
+        names = ["latents", "text", "offsets"] + ["teacher"] * with_teacher
+        self.shards, self.starts = [], [0]
+        try:
+            for name, count in self.meta["shards"].items():
+                shard = {each: np.load(Path(folder, name, f"{each}.npy"), "r") for each in names}
+                if len(shard["latents"]) != count or len(shard["text"]) != shard["offsets"][-1]:
+                    raise ValueError(f"the files of {name} do not fit each other")
+                self.shards.append(shard)
+                self.starts.append(self.starts[-1] + count)
+        except (KeyError, OSError, ValueError) as error:
+            raise UserError(f"{folder} is no whole cache, prepare it anew: {error}") from error
+
+    def load(self, numbers):
+        """Examples as [latents (B, C, H, W) as stored, text (B, tokens, D) padded with zeros] and,
+        with a teacher, its features (B, D, h, w)."""
+        text = np.zeros((len(numbers), self.meta["tokens"], self.meta["text_dim"]), np.float32)
+        latents, features = [], []
+        for place, number in enumerate(numbers):
+            index = np.searchsorted(self.starts, number, "right") - 1
+            shard, row = self.shards[index], number - self.starts[index]
+            start, stop = shard["offsets"][row : row + 2]
+            text[place, : stop - start] = shard["text"][start:stop]
+            latents.append(shard["latents"][row])
+            if "teacher" in shard:
+                features.append(shard["teacher"][row])
+        arrays = [np.stack(latents), text] + ([np.stack(features)] if features else [])
+        return [torch.from_numpy(array) for array in arrays]
+
+    def load_ahead(self, batches):
+        """Yield `load` of each batch of numbers; a thread loads the next one meanwhile."""
+        with ThreadPoolExecutor(1) as pool:
+            ahead = None
+            for numbers in batches:
+                batch, ahead = ahead, pool.submit(self.load, numbers)
+                if batch is not None:
+                    yield batch.result()
+            if ahead is not None:
+                yield ahead.result()
+
+
+def batches(count, settings, first_step, rank, world_size):
+    """For each step the numbers of this process's pictures, from seed and step alone, so that a
+    resumed run goes on in order. A batch may reach into the next epoch."""
+    epoch, order = None, None
+    for step in range(first_step, settings.steps):
+        numbers = []
+        for n in range(step * settings.batch_size, (step + 1) * settings.batch_size):
+            if n // count != epoch:
+                epoch = n // count
+                order = np.random.default_rng((settings.seed, epoch)).permutation(count)
+            numbers.append(order[n % count])
+        yield numbers[rank::world_size]
+
+
+# ------------------------------------------------------------------------ the model and optimizers
+def make_model(settings, meta):
+    """The network for a cache's latents. Raises UserError where sizes do not fit."""
+    side, is_pixels = meta["latent_shape"][1], meta["codec"] == "pixels"
+    patch = settings.patch_size or (max(8, side // 16) if is_pixels else 2)
+    width = settings.width or (128 if is_pixels else 384)
+    heads = max(4, width // 64)
+    if width % (4 * heads) or side % patch:
+        raise UserError(
+            f"--width {width} has to be a multiple of {4 * heads} (4 x {heads} heads), and "
+            f"--patch-size {patch} has to divide the side of the latents, {side}"
+        )
+    config = PRXConfig(
+        in_channels=meta["latent_shape"][0],
+        patch_size=patch,
+        context_in_dim=meta["text_dim"],
+        hidden_size=width,
+        mlp_ratio=settings.mlp_ratio,
+        num_heads=heads,
+        depth=settings.depth or (3 if is_pixels else 8),
+        axes_dim=(width // heads // 2, width // heads // 2),
+        theta=100,  # 2403.13298, for few tokens; PRX: 10000
+        bottleneck_size=(settings.bottleneck or None) if is_pixels else None,
+    )
+    return PRX(config, meta["teacher_dim"] if settings.repa else None)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose matrices are made orthogonal (kellerjordan.github.io/posts/muon), so that all
+    directions learn alike. Updates are as large as AdamW's (arXiv 2502.16982)."""
+
+    def __init__(self, matrices, lr, momentum, dtype):
+        super().__init__(matrices, {"lr": lr, "momentum": momentum})
+        self.dtype = dtype  # of the products: bfloat16, or float32 where that is slow
+
+    @torch.no_grad()
+    def step(self):
+        """Update all matrices, those of one shape together."""
+        group, by_shape = self.param_groups[0], {}
+        for p in group["params"]:
+            average = self.state[p].setdefault("momentum", torch.zeros_like(p))
+            average.lerp_(p.grad, 1 - group["momentum"])
+            by_shape.setdefault(p.shape, []).append(p)
+        for shape, parameters in by_shape.items():
+            averages = torch.stack([self.state[p]["momentum"] for p in parameters])
+            gradients = torch.stack([p.grad for p in parameters])
+            updates = gradients.lerp(averages, group["momentum"])  # Nesterov's look ahead
+            updates = orthogonalize(updates.to(self.dtype)).float()
+            for p, update in zip(parameters, updates, strict=True):
+                p.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(shape)))
+
+
+def orthogonalize(x):
+    """Bring the singular values of matrices x (N, rows, columns) near 1 by Newton-Schulz steps.
+
+    With several processes each takes every world_size-th matrix, and they exchange the results.
+    """
+    count, world_size = len(x), dist.get_world_size() if dist.is_initialized() else 1
+    if world_size > 1:
+        x = F.pad(x, (0, 0, 0, 0, 0, -count % world_size))[dist.get_rank() :: world_size]
+    is_tall = x.shape[1] > x.shape[2]
+    x = x.mT if is_tall else x  # the smaller Gram matrix
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
+        x = torch.baddbmm(x, polynomial, x, beta=3.4445)
+    x = (x.mT if is_tall else x).contiguous()
+    if world_size > 1:
+        shares = [torch.empty_like(x) for _ in range(world_size)]
+        dist.all_gather(shares, x)
+        x = torch.stack(shares, dim=1).flatten(0, 1)[:count]
+    return x
+
+
+def make_optimizers(model, settings, compute):
+    """AdamW, and Muon for the matrices that a block's tokens go through (PRX: modulation, too)."""
     rest, matrices = [], []
-    for name, p in network.named_parameters():
-        muon = config.optimizer == "muon" and name.startswith("blocks.") and p.ndim == 2
-        (matrices if muon and "modulation" not in name else rest).append(p)
-    adamw = torch.optim.AdamW(rest, config.lr, (0.9, 0.95), weight_decay=0, fused=True)
-    return {"adamw": adamw} if not matrices else {"adamw": adamw, "muon": torch.optim.Muon(
-        matrices, config.muon_lr, weight_decay=0, momentum=0.9, adjust_lr_fn="match_rms_adamw")}
-# ------------------------------------------------------------------------------------ the training
-FREE = ("out", "save_every", "sample_every", "micro_batch", "compile")   # may change on resuming
-def train_step(model, optimizers, cache, config, step, rank, autocast, batch):
-    """One step of all optimizers on what this process's batch takes from the cache. Chance is drawn
-    for all of the batch, by seed and step alone; a process takes its rows. Returns the loss, the
-    mean squared error of velocities, and the norm before clipping."""
-    device, mine = cache.null.device, slice(rank, None, config.batch_size // len(batch[0]))
-    text, x, *features = (part.to(device, non_blocking=True) for part in batch)
-    generator = torch.Generator(device).manual_seed(config.seed * 2 ** 32 + step)
-    dice = {"generator": generator, "device": device}
-    noise = torch.randn(config.batch_size, *x.shape[1:], **dice)[mine].clone()  # not the others'
-    t = sample_timesteps(config.batch_size, config.shift, generator)[mine]
-    drop = torch.rand(config.batch_size, **dice)[mine]
-    text = torch.where((drop < config.caption_dropout)[:, None, None], cache.null, text)
-    x = ((x / 127.5 - 1 if x.dtype == torch.uint8 else x.float()) - cache.mean) / cache.std
-    x_t = torch.lerp(x, noise, level := t[:, None, None, None])              # (1 - t) x + t noise
-    tokens = [side // config.patch_size for side in x.shape[2:]]                           # h, w
-    order = torch.rand(config.batch_size, *tokens, **dice)[mine].flatten(1).argsort(1)
-    stay = order[:, :round(order.shape[1] * (1 - config.route)) or 1]            # skip no block
-    total, micro = 0, config.micro_batch or len(x)
-    for part in (slice(first, first + micro) for first in range(0, len(x), micro)):
-        model.require_backward_grad_sync = part.stop >= len(x)         # of DDP: after the last part
-        with autocast:
-            output = model(x_t[part], t[part], text[part], None, stay[part])
-        output, middle = output if config.repa else (output, None)
-        truth = x[part] if config.predict == "x" else noise[part] - x[part]
-        error = velocity(output.float() - truth, 0, t[part], config.predict, config.t_floor)
-        loss = error.square().mean()                                    # x_t cancels in the error
-        total += loss.detach() * len(output) / len(x)
-        if config.repa:           # at its end the weight becomes 0, as DDP wants gradients for all
-            wanted = F.adaptive_avg_pool2d(features[0][part].float(), tokens).flatten(2).mT
-            if middle.shape[1] < wanted.shape[1]:                  # (B, L, D); those that stayed
-                wanted = wanted.take_along_dim(stay[part, :, None], dim=1)
-            pull = config.repa * (step < config.repa_until * config.steps)
-            loss = loss - pull * F.cosine_similarity(middle, wanted, dim=2).mean()
-        if config.pdino:                               # gradients go through the frozen teacher
-            clean = output if config.predict == "x" else x_t[part] - level[part] * output
-            seen = autocast(cache.teacher.on_grid)(clean * cache.std + cache.mean)
-            loss = loss + config.pdino * (1 - F.cosine_similarity(seen, features[0][part]).mean())
-        (loss * len(output) / len(x)).backward()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-    scale = min(1, (step + 1) / max(config.warmup, 1),
-                (config.steps - step) / max(config.cooldown * config.steps, 1))
-    for optimizer, rate in zip(optimizers.values(), (config.lr, config.muon_lr)):
-        optimizer.param_groups[0]["lr"] = rate * scale
-        optimizer.step()
-        optimizer.zero_grad()
-    return total, norm
+    for name, p in model.named_parameters():
+        is_matrix = name.startswith("blocks.") and p.ndim == 2 and "modulation" not in name
+        (matrices if is_matrix and settings.optimizer == "muon" else rest).append(p)
+    adamw = torch.optim.AdamW(rest, settings.lr, (0.9, 0.95), weight_decay=0, fused=True)
+    dtype = torch.bfloat16 if compute.dtype == torch.bfloat16 else torch.float32
+    muon = [Muon(matrices, settings.muon_lr, 0.9, dtype)] if matrices else []  # PRX: 0.95
+    return [adamw, *muon]
 
-def train(config):
-    """Train as the config says, or go on with what is in its folder. Raises Refused where data are
-    missing, the folder holds a run with other settings, or the loss is not finite."""
-    for option, value in ((-3, 2 ** 25), (-1, 2 ** 31 - 1)) if sys.platform == "linux" else ():
-        ctypes.CDLL(None).mallopt(option, value)   # keep freed memory: 12% of a step on a CPU
-    device, autocast = pick_device("bf16" if config.weights == "bf16" else config.dtype)
-    cuda = device.type == "cuda"
-    rank, world = int(os.getenv("RANK", 0)), int(os.getenv("WORLD_SIZE", 1))
-    if config.batch_size % world:
-        raise Refused(f"--batch-size {config.batch_size} is not a multiple of the processes")
-    if world > 1:
-        torch.distributed.init_process_group("nccl" if cuda else "gloo")
-    data, out = Path(config.data), Path(config.out or f"out/{Path(config.data).name}")
-    if config.data == Config.data and not (data / "meta.json").exists():
-        make_model(config, {"latent_shape": (3, 32, 32), "text_dim": 1, "codec": "pixels"})
-        prepare()                             # but only when the sizes are known to fit
-    cache = Cache(data, device, config.repa, config.pdino)
-    info = cache.meta | {"predict": config.predict, "shift": config.shift, "route": config.route}
-    torch.manual_seed(config.seed)
-    weights = torch.bfloat16 if config.weights == "bf16" else torch.float32
-    network = make_model(config, info).to(device, weights)
-    if config.init:
-        with refusing(f"--init {config.init} does not fit"):
-            network.load_state_dict(PRX.from_pretrained(config.init).state_dict())
-    ema = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
-    averaged = [*network.parameters()]
-    if config.repa:              # three layers, as in REPA; not averaged and so not in ema/
-        dim, silu = info["teacher_shape"][0], nn.SiLU()
-        network.projector = nn.Sequential(nn.Linear(config.width, dim), silu, nn.Linear(dim, dim),
-                                          silu, nn.Linear(dim, dim)).to(device, weights)
-    optimizers = make_optimizers(network, config)
-    parts = {"network": network, "ema": ema, **optimizers}
-    step, seconds, log = 0, 0.0, ["step,loss,grad_norm,seconds"]
-    if (checkpoint := out / "ckpt.pt").exists():
-        with refusing(f"{checkpoint} cannot go on"):
-            state = torch.load(checkpoint, map_location=device, weights_only=True)
-            refuse_differences(out, state["config"], vars(config), FREE)
-            step, seconds, log = state["log"]
-            for name, part in parts.items():
-                part.load_state_dict(state.pop(name))                    # pop: frees the copy
-    if config.compile == "on" or config.compile == "auto" and cuda:
-        network.body = torch.compile(network.body)
-    model = torch.nn.parallel.DistributedDataParallel(network) if world > 1 else network
-    encode_text = load_text_encoder(info["text"], device, info["tokens"])
-    cache.teacher = config.pdino and load_teacher(info["teacher"], device, info["teacher_shape"][1])
-    cache.null = pad(encode_text([""]), info["tokens"])[0].to(device)            # (L, D)
-    painter = ema.module, load_codec(info["codec"], device), encode_text, info
-    stopped, parent = [], "TORCHELASTIC_RUN_ID" in os.environ and os.getppid()
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, lambda *_: stopped.append(True))
-    loader = torch.utils.data.DataLoader(      # fork: workers share the maps, and ignore Ctrl-C
-        cache, batch_sampler=batches(cache.starts[-1], config, step, rank, world), collate_fn=tuple,
-        **(dict(num_workers=2, multiprocessing_context="fork", pin_memory=True) if cuda else {}))
-    bar = tqdm(loader, total=config.steps, initial=step, unit=" pictures",
-               unit_scale=config.batch_size, disable=None if rank == 0 else True)
-    losses, start = [], time.perf_counter() - seconds
-    for batch in bar:
-        loss, norm = train_step(model, optimizers, cache, config, step, rank, autocast, batch)
-        losses.append(loss)
-        ema.multi_avg_fn([*ema.parameters()], averaged, None)            # no wait for the GPU
-        step += 1
-        last, keep = step == config.steps, step % config.save_every == 0
-        look = last or step % config.sample_every == 0
-        if not (last or keep or look or step % 10 == 0 or world == 1 and stopped):
-            continue                          # reading the loss would wait for the device
-        told = len(stopped) + (parent and os.getppid() != parent)       # or torchrun was killed
-        both = torch.tensor([torch.stack(losses).mean() / world, told], device=device)
-        if world > 1:                         # told to stop, all stop at the same step
-            torch.distributed.all_reduce(both)
-        loss, stop = both.tolist()
-        if not np.isfinite(loss + norm.item()):
-            raise Refused(f"the loss is not finite at step {step}, unsaved; begin anew, lower --lr")
-        losses, seconds = [], time.perf_counter() - start
+
+# --------------------------------------------------------------------------------- a training step
+def make_batch(examples, null_text, run, rank, world_size):
+    """Add noise, timesteps and routes to examples on the device, drawn for those of all processes
+    from seed and step alone. null_text (T, D) takes the place of dropped captions."""
+    (latents, text, *features), settings = examples, run.settings
+    device, count, mine = latents.device, settings.batch_size, slice(rank, None, world_size)
+    dice = torch.Generator(device).manual_seed(settings.seed * 2**32 + run.step)
+    noise = torch.randn(count, *latents.shape[1:], generator=dice, device=device)[mine]
+    t = sample_timesteps(count, settings.shift, dice)[mine]
+    dropped = torch.rand(count, generator=dice, device=device)[mine] < settings.caption_dropout
+    text = torch.where(dropped[:, None, None], null_text, text)
+    if latents.dtype == torch.uint8:
+        latents = latents / 127.5 - 1
+    mean, std = torch.tensor([run.info["mean"], run.info["std"]], device=device)[:, :, None, None]
+    batch = {"x": (latents.float() - mean) / std, "noise": noise, "t": t, "text": text}
+    rows, columns = (side // run.model.config.patch_size for side in latents.shape[2:])
+    if settings.route > 0:
+        chances = torch.rand(count, rows * columns, generator=dice, device=device)[mine]
+        kept = max(1, round(rows * columns * (1 - settings.route)))
+        batch["keep"] = chances.argsort(1)[:, :kept]  # (B, S)
+    if features:
+        grid_of_tokens = F.adaptive_avg_pool2d(features[0].float(), (rows, columns))
+        batch["features"] = grid_of_tokens.flatten(2).mT  # (B, L, D)
+    return batch
+
+
+def compute_loss(model, batch, settings, repa_weight):
+    """The loss, and the mean squared error of velocities in it (the rest is REPA's)."""
+    x, noise, t, keep = batch["x"], batch["noise"], batch["t"], batch.get("keep")
+    x_t = torch.lerp(x, noise, t[:, None, None, None])  # (1 - t) x + t noise
+    output = model(x_t, t, batch["text"], keep=keep)
+    if "features" in batch:
+        output, tokens = output  # tokens (B, L or S, D)
+    truth = x if settings.predict == "x" else noise - x
+    how = (x_t, t, settings.predict, settings.t_floor)
+    mse = F.mse_loss(velocity(output.float(), *how), velocity(truth, *how))
+    if "features" not in batch:
+        return mse, mse
+    wanted = batch["features"]
+    if keep is not None:
+        wanted = wanted.take_along_dim(keep[:, :, None], dim=1)
+    return mse - repa_weight * F.cosine_similarity(tokens.float(), wanted, dim=2).mean(), mse
+
+
+def train_step(model, run, batch, compute):
+    """One step of all optimizers. Returns (2,): mean squared error, norm of the gradients."""
+    settings, count = run.settings, len(batch["x"])
+    # At its end REPA's weight becomes 0, as DDP wants gradients for all parameters.
+    repa_weight = settings.repa * (run.step < settings.repa_until * settings.steps)
+    total, micro = 0, settings.micro_batch or count
+    for first in range(0, count, micro):
+        part = {name: each[first : first + micro] for name, each in batch.items()}
+        model.require_backward_grad_sync = first + micro >= count  # of DDP: with the last part
+        with compute.autocast():
+            loss, mse = compute_loss(model, part, settings, repa_weight)
+        share = len(part["x"]) / count
+        run.scaler.scale(loss * share).backward()
+        total += mse.detach() * share
+    for optimizer in run.optimizers:
+        run.scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+    warmup = (run.step + 1) / max(1, settings.warmup)
+    cooldown = (settings.steps - run.step) / max(1, settings.cooldown * settings.steps)
+    for optimizer, rate in zip(run.optimizers, (settings.lr, settings.muon_lr), strict=False):
+        optimizer.param_groups[0]["lr"] = rate * min(1, warmup, cooldown)
+        run.scaler.step(optimizer)
+        optimizer.zero_grad()
+    run.scaler.update()
+    with torch.no_grad():
+        pair = list(run.ema.parameters()), list(run.model.parameters())
+        torch._foreach_lerp_(*pair, 1 - settings.ema)
+    run.step += 1
+    return torch.stack((total, norm))
+
+
+# ---------------------------------------------------------------------------------------- the run
+class Run:
+    """What goes on: the model, its average (EMA), the optimizers, and how far they are."""
+
+    def __init__(self, settings, meta, compute):
+        self.settings, self.device, self.step, self.seconds = settings, compute.device, 0, 0.0
+        self.info = {"predict": settings.predict, "shift": settings.shift, **meta}  # for sampling
+        torch.manual_seed(settings.seed)
+        self.model = make_model(settings, meta)
+        if settings.init:
+            weights = PRX.from_pretrained(find_model(settings.init)).state_dict()
+            load_weights(self.model, self.model.state_dict() | weights, settings.init)
+        self.model.to(self.device)
+        self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
+        self.optimizers = make_optimizers(self.model, settings, compute)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=compute.dtype == torch.float16)
+        self.parts = {"model": self.model, "ema": self.ema, "scaler": self.scaler}
+        self.parts |= {f"optimizer {number}": each for number, each in enumerate(self.optimizers)}
+        # What must not change when a run goes on. Steps, learning rates and the like may.
+        names = ("seed", "batch_size", "optimizer", "predict", "shift", "repa", "route")
+        self.decisive = {name: getattr(settings, name) for name in names}
+        self.decisive |= dataclasses.asdict(self.model.config) | {"data": meta}
+
+    def save(self, folder):
+        """Write the checkpoint, and the average with all it takes to draw. Raises UserError."""
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        state |= {"step": self.step, "seconds": self.seconds, "decisive": self.decisive}
+        with whole_file(folder / "ckpt.pt") as file:
+            try:
+                torch.save(state, file)
+            except RuntimeError as error:  # which hides what the disk said
+                raise OSError("torch.save failed, is the disk full?") from error
+        self.ema.save_pretrained(folder / "ema")
+        write_json(folder / "ema" / "nanoprx.json", self.info)
+
+    def load(self, folder):
+        """Go on from a folder's checkpoint. Raises UserError if it is of another run, or broken."""
+        try:
+            state = torch.load(folder / "ckpt.pt", map_location=self.device, weights_only=True)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise UserError(f"{folder}/ckpt.pt cannot be read; use a new --out: {error}") from error
+        prepare.refuse_differences(folder, state["decisive"], self.decisive)
+        self.step, self.seconds = state["step"], state["seconds"]
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+
+    def log(self, path, rows, rank, world_size):
+        """Append the means of what train_step gave to log.csv. Raises UserError if infinite."""
+        loss, norm = torch.stack(rows).mean(0)
+        if world_size > 1:
+            dist.all_reduce(loss)
+        loss, norm = loss.item() / world_size, norm.item()
+        if not math.isfinite(loss + norm):
+            raise UserError(f"the loss is infinite at step {self.step}; begin anew, lower --lr")
         if rank == 0:
-            bar.set_postfix(step=step, loss=loss)
-            log.append(f"{step},{loss:.5f},{norm.item():.4f},{seconds:.1f}")
-            with whole_file(out / "log.csv") as file:
-                file.write("\n".join([*log, ""]).encode())
-            if look:
-                pictures = autocast(draw)(*painter, info["examples"], range(len(info["examples"])))
-                with whole_file(out / "samples" / f"step_{step:06d}.png") as file:
-                    grid(pictures, info["examples"], 6).save(file, "png")
-            if last or keep or stop:
-                ema.module.save_pretrained(out / "ema")
-                write_json(out / "ema" / "nanoprx.json", info)
-                card = "---\npipeline_tag: text-to-image\n---\nFor `sample.py --run` of nanoPRX.\n"
-                (out / "ema" / "README.md").write_text(card)
-                with whole_file(checkpoint) as file:
-                    torch.save({"config": vars(config), "log": (step, seconds, log)} | {
-                        name: part.state_dict() for name, part in parts.items()}, file)
-        if stop:
-            break
-    if rank == 0 and step < config.steps:
-        print(f"stopped at step {step} and saved; the same command goes on")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "a") as file:
+                if file.tell() == 0:
+                    file.write("step,loss,grad_norm,seconds\n")
+                file.write(f"{self.step},{loss:.5f},{norm:.4f},{self.seconds:.1f}\n")
+        return loss
+
+
+def save_grid(folder, pipeline, step):
+    """Draw the examples of the cache into samples/."""
+    prompts = pipeline.info["examples"]
+    sheet = grid(pipeline.draw(prompts, range(len(prompts))), prompts, 6)
+    with whole_file(folder / "samples" / f"step_{step:06d}.png") as file:
+        sheet.save(file, "png")
+
+
+def finish(folder, pipeline, run):
+    """Write learning.gif, and the prompt accuracy of a run on scenes."""
+    paths = sorted((folder / "samples").glob("step_*.png"))
+    first, *others = [Image.open(path) for path in paths[:: math.ceil(len(paths) / 50)]]
+    with whole_file(folder / "learning.gif") as file:
+        first.save(file, "gif", save_all=True, append_images=others, duration=400, loop=0)
+    print(f"{folder} took {run.seconds / 60:.1f} minutes; python sample.py --run {folder} PROMPT")
+    if run.info["source"] == "scenes":
+        accuracies = score(pipeline, 128).items()
+        print("prompt accuracy:", *(f"{name} {share:.1%}" for name, share in accuracies))
+
+
+def wrap_model(run, compute, rank, world_size):
+    """The model as it is trained: compiled, if asked for and possible, and in DDP, if needed."""
+    on = run.settings.compile == "on"
+    if run.settings.compile == "auto" and compute.device.type == "cuda":
+        on = importlib.util.find_spec("triton") is not None  # which Windows lacks
+    if on:
+        run.model.compile()
+    if rank == 0:
+        told = "torch.compile" if on else "no torch.compile"
+        print(f"{compute.device.type}, matrix products in {compute.dtype}, {told}")
+    return torch.nn.parallel.DistributedDataParallel(run.model) if world_size > 1 else run.model
+
+
+def train(settings):
+    """Train as the settings say, or go on with what is in the run's folder.
+
+    Raises UserError where data are missing, the folder holds another run, or the loss is infinite.
+    """
+    compute, folder = pick_device(settings.device, settings.dtype), Path(settings.out)
+    rank, world_size = int(os.getenv("RANK", "0")), int(os.getenv("WORLD_SIZE", "1"))
+    if settings.batch_size % world_size:
+        raise UserError(f"--batch-size is no multiple of the {world_size} processes")
+    if world_size > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if compute.device.type == "cuda" else "gloo")
+    if rank == 0 and settings.data == "data/scenes" and not Path("data/scenes/meta.json").exists():
+        prepare.prepare(prepare.Settings())
+    if world_size > 1:
+        dist.barrier()  # until the scenes are there
+    cache = Cache(settings.data, with_teacher=settings.repa > 0)
+    run = Run(settings, cache.meta, compute)
+    if (folder / "ckpt.pt").exists():
+        run.load(folder)
+    pipeline = Pipeline(run.ema, run.info, compute)
+    model = wrap_model(run, compute, rank, world_size)
+    train_steps(model, run, cache, pipeline, folder, rank, world_size)
+    if rank == 0 and run.step < settings.steps:
+        print(f"stopped at step {run.step} and saved; the same command goes on")
     elif rank == 0:
-        paths = sorted((out / "samples").glob("step_*.png"))
-        first, *others = map(Image.open, paths[::-(len(paths) // 50 + 1)][::-1])     # 50 at most
-        with whole_file(out / "learning.gif") as file:
-            first.save(file, "gif", save_all=True, append_images=others, duration=400, loop=0)
-        print(f"{out} finished in {seconds / 60:.1f} minutes; python sample.py --run {out} PROMPT")
-        if info["source"] == "scenes":
-            shares = autocast(score)(*painter)
-            print("prompt accuracy:", *(f"{name} {part:.1%}" for name, part in shares.items()))
-    if world > 1:
-        torch.distributed.barrier()           # while the first process still draws and scores
-        torch.distributed.destroy_process_group()
+        finish(folder, pipeline, run)
+    if world_size > 1:
+        dist.barrier()  # while the first process draws and scores
+        dist.destroy_process_group()
+
+
+def train_steps(model, run, cache, pipeline, folder, rank, world_size):
+    """The loop: steps until the last or until told to stop, with samples and checkpoints."""
+    settings, compute = run.settings, pipeline.compute
+    stop_asked, rows, started = torch.zeros(()), [], time.perf_counter() - run.seconds
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Ctrl-C, torchrun's, a closed terminal
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), lambda *_: stop_asked.fill_(1))
+    null_text = pipeline.encode([""])[0]  # (1, T, D)
+    numbers = batches(cache.starts[-1], settings, run.step, rank, world_size)
+    bar = tqdm(total=settings.steps, initial=run.step, disable=rank > 0 or None)
+    for examples in cache.load_ahead(numbers):
+        examples = [example.to(compute.device) for example in examples]
+        batch = make_batch(examples, null_text, run, rank, world_size)
+        rows.append(train_step(model, run, batch, compute))
+        bar.update()
+        stops = stop_asked.clone()
+        if world_size > 1:
+            dist.all_reduce(stops)  # told to stop, all stop at the same step
+        is_last = run.step == settings.steps
+        samples = is_last or run.step % settings.sample_every == 0
+        saves = is_last or stops > 0 or run.step % settings.save_every == 0
+        if samples or saves or run.step % 10 == 0:  # reading the loss waits for the device
+            run.seconds = time.perf_counter() - started
+            bar.set_postfix(step=run.step, loss=run.log(folder / "log.csv", rows, rank, world_size))
+            rows.clear()
+        if samples and rank == 0:
+            save_grid(folder, pipeline, run.step)
+        if saves and rank == 0:
+            run.save(folder)
+        if stops > 0:
+            break
+
 
 if __name__ == "__main__":
-    run_script(Config, __doc__, train)
+    prepare.run_script(train, Settings, __doc__)
