@@ -46,7 +46,7 @@ class PRXConfig:
 
 
 def rope_angles(rows, columns, axes_dim, theta, device):
-    """Angles (rows * columns, d / 2) of the 2-D rotary embedding (arXiv 2104.09864): the first
+    """Angles (rows * columns, d / 2), d = sum(axes_dim), of the 2-D rotary embedding (2104.09864):
     axes_dim[0] dimensions of a head turn with a token's row, the others with its column."""
     row = torch.arange(rows, device=device).repeat_interleave(columns)
     column = torch.arange(columns, device=device).repeat(rows)
@@ -119,7 +119,7 @@ class Block(nn.Module):
         self.modulation = nn.ModuleDict({"lin": nn.Linear(width, 6 * width)})
 
     def forward(self, img, txt, time, angles, mask):
-        """img (B, L, D), txt (B, T, D), time (B, D), angles and mask as for attention."""
+        """img (B, L, D), txt (B, T, D), time (B, D), angles and mask as above, to (B, L, D)."""
         modulation = self.modulation["lin"](F.silu(time))[:, None]  # (B, 1, 6 D)
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation.chunk(6, dim=-1)
         y = self.attention(modulate(img, shift, scale), txt, angles, mask)
@@ -179,7 +179,7 @@ class PRX(nn.Module):
         all_angles = rope_angles(rows, columns, self.config.axes_dim, self.config.theta, x.device)
         angles = all_angles
         features = None
-        # TREAD routes blocks 2 to 12 of 16 as PRX, alike in other depths, and never the last one.
+        # TREAD routes blocks 2 to 12 of 16 (PRX), 2 to 6 of 8, 1 of 3, and never the last one.
         depth = len(self.blocks)
         first, last = min(2, depth // 3), max(0, min(depth * 3 // 4, depth - 2))
         for number, block in enumerate(self.blocks):
@@ -297,8 +297,8 @@ def pick_device(device="auto", dtype="auto"):
 
 @contextlib.contextmanager
 def whole_file(path):
-    """A binary file to write to, which gets its name when it is complete and on the disk; what had
-    that name is there until then. Raises UserError if it cannot be written."""
+    """A binary file to write to. It gets its name only when it is complete and on the disk; until
+    then an older file of that name stays. Raises UserError if it cannot be written."""
     partial = Path(f"{path}.partial")
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
@@ -335,7 +335,7 @@ def fetch(source, *patterns):
         return Path(source)
     try:
         return Path(huggingface_hub.snapshot_download(source, allow_patterns=patterns))
-    except Exception as error:  # the library lets through what three others raise
+    except Exception as error:  # the library passes on the errors of three others
         raise UserError(
             f"{source} is no folder, and the Hub does not give it ({type(error).__name__}); check "
             "name and network, and log in (hf auth login) if it is private or gated"
@@ -354,9 +354,9 @@ def read_weights(folder):
 
 
 def load_weights(network, weights, source, compute=None):
-    """Put weights into a network. With compute it is frozen, and there: in bf16 on a GPU that has
-    it; on a CPU float32 stays on the disk and is read when used. Raises UserError if names or
-    shapes do not fit."""
+    """Put weights into a network. If compute is given, freeze it and move it there: in bf16 on a
+    GPU that has it; on a CPU float32 stays on the disk and is read when used. Raises UserError if
+    names or shapes do not fit."""
     try:
         network.load_state_dict(weights, assign=True)  # so it may be on the "meta" device
     except RuntimeError as error:
@@ -498,18 +498,19 @@ class T5(nn.Module):
             attention["o"] = nn.Linear(inner, self.dim, bias=False)
             mlp = {x: nn.Linear(self.dim, wide, bias=False) for x in ("wi_0", "wi_1")}
             mlp["wo"] = nn.Linear(wide, self.dim, bias=False)
-            halves = {"SelfAttention": attention}, {"DenseReluDense": nn.ModuleDict(mlp)}
-            norms = [{"layer_norm": nn.RMSNorm(self.dim, eps=1e-6)} for _ in halves]
-            layer = [nn.ModuleDict(half | norm) for half, norm in zip(halves, norms, strict=True)]
-            blocks.append(nn.ModuleDict({"layer": nn.ModuleList(layer)}))
-        first = blocks[0]["layer"][0]["SelfAttention"]
-        first["relative_attention_bias"] = nn.Embedding(32, self.heads)
+            norm_1, norm_2 = (nn.RMSNorm(self.dim, eps=1e-6) for _ in range(2))
+            first = {"SelfAttention": attention, "layer_norm": norm_1}
+            second = {"DenseReluDense": nn.ModuleDict(mlp), "layer_norm": norm_2}
+            layer = nn.ModuleList([nn.ModuleDict(first), nn.ModuleDict(second)])
+            blocks.append(nn.ModuleDict({"layer": layer}))
+        attention = blocks[0]["layer"][0]["SelfAttention"]
+        attention["relative_attention_bias"] = nn.Embedding(32, self.heads)
         self.encoder = nn.ModuleDict({"block": blocks})
         self.encoder["final_layer_norm"] = nn.RMSNorm(self.dim, eps=1e-6)
 
     def tokenize(self, text):
         """The ids of a text's pieces, and of the end."""
-        text = re.sub("[\1-\10\13\16-\37\177\x8f\x9f]", "", text)  # control characters
+        text = re.sub("[\x01-\x08\x0b\x0e-\x1f\x7f\x8f\x9f]", "", text)  # control characters
         text = re.sub("[\u1680\u200b-\u200f\u2581\ufeff\ufffd]", " ", text)
         # The tokenizer's own table is NFKC, except that it leaves the wide tilde alone.
         text = "～".join(unicodedata.normalize("NFKC", part) for part in text.split("～"))
@@ -594,7 +595,7 @@ class DINOv2(nn.Module):
         self.dim, self.heads = width, config["num_attention_heads"]
         places = 1 + (config["image_size"] // self.patch) ** 2
         shapes = {"cls_token": (1, 1, width), "position_embeddings": (1, places, width)}
-        shapes["mask_token"] = (1, width)  # of its own training
+        shapes["mask_token"] = (1, width)  # in the files, but needed only to train a DINOv2
         tables = {name: nn.Parameter(torch.zeros(shape)) for name, shape in shapes.items()}
         self.embeddings = nn.ParameterDict(tables)
         projection = nn.Conv2d(3, width, self.patch, self.patch)
@@ -626,8 +627,9 @@ class DINOv2(nn.Module):
         tokens = torch.cat((class_token, x.flatten(2).mT), dim=1)  # (B, 1 + h w, D)
         for layer in self.encoder["layer"]:
             y = layer["norm1"](tokens)
-            qkv = layer["attention"]["attention"].values()
-            q, k, v = (split_heads(linear(y), self.heads) for linear in qkv)
+            projections = layer["attention"]["attention"]
+            names = ("query", "key", "value")
+            q, k, v = (split_heads(projections[name](y), self.heads) for name in names)
             y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
             y = layer["attention"]["output"]["dense"](y)
             tokens = tokens + layer["layer_scale1"]["lambda1"] * y
@@ -637,7 +639,8 @@ class DINOv2(nn.Module):
 
     @torch.no_grad()
     def features(self, images, side):
-        """Features (B, dim, side, side) of square images, of 16 patches or more, averaged."""
+        """Features (B, dim, side, side) of square images (B, 3, H, W) in [-1, 1], resized so that
+        there are at least 16 x 16 patches, over which the features are averaged."""
         size = side * math.ceil(16 / side) * self.patch
         shrinks = images.shape[3] > size
         images = F.interpolate(images, (size, size), mode="bicubic", antialias=shrinks)

@@ -7,9 +7,10 @@ A caption stands in the .txt, .caption or .json of its picture's name. The cache
 
     data/scenes/meta.json                   sizes, encoders, mean and std per channel
                 shard-00000/latents.npy     (N, C, H, W), N at most 4096
-                            text.npy        (sum of all L, D), that of caption i in the rows from
-                            offsets.npy     (N + 1), offsets[i] to offsets[i + 1]
-                            captions.txt    a line each
+                            text.npy        (sum of all L, D), the embeddings of all captions
+                            offsets.npy     (N + 1), caption i has the rows offsets[i : i + 2]
+                            captions.json   N texts; shard.json  counts and settings
+                            teacher.npy     (N, D, h, w), features for REPA, if asked for
 """
 
 import argparse
@@ -37,15 +38,8 @@ import torch
 from PIL import Image, ImageCms, ImageOps
 from tqdm import tqdm
 
-from model import (
-    UserError,
-    load_codec,
-    load_teacher,
-    load_text_encoder,
-    pick_device,
-    read_json,
-    write_json,
-)
+import model
+from model import UserError, read_json, write_json
 
 # ----------------------------------------------------------------------- the built-in world: scenes
 COLOURS = {
@@ -91,8 +85,8 @@ class Scene(typing.NamedTuple):
 
 
 def random_scene(rng, split="train"):
-    """Draw a scene with a NumPy generator: one with a pair in NEVER_TRAINED ("composition"), or of
-    the others an eighth ("held-out", whichever thing is named first) or the rest ("train")."""
+    """Draw a scene of a split with a NumPy generator: "composition" has a pair in NEVER_TRAINED,
+    "held-out" is an eighth of the other scenes, whatever their background, "train" the rest."""
     while True:
         background, *colours = rng.permutation(list(COLOURS)).tolist()
         places = [rng.choice(list(PLACES)).item()]
@@ -105,7 +99,7 @@ def random_scene(rng, split="train"):
             shape, radius = rng.choice(SHAPES).item(), rng.uniform(0.14, 0.17)
             things.append(Thing(colour, shape, place, x, y, radius))
         words = sorted(" ".join(thing[:3]) for thing in things)
-        digest = hashlib.md5(" ".join([background, *words]).encode()).digest()
+        digest = hashlib.md5(" ".join(words).encode()).digest()
         found = "held-out" if digest[0] % 8 == 0 else "train"
         if any(thing[:2] in NEVER_TRAINED for thing in things):
             found = "composition"
@@ -119,27 +113,29 @@ def leave_open(scene, rng):
     things = [scene.things[number] for number in rng.permutation(len(scene.things))]
     if rng.random() < 1 / 8:
         things = [thing._replace(place=None) for thing in things]
-    return Scene(scene.background if rng.random() < 0.5 else None, things)
+    if len(things) == 1 and rng.random() < 1 / 8:
+        things = [things[0]._replace(colour=None)]
+    return Scene(None if rng.random() < 1 / 3 else scene.background, things)
 
 
 def caption(scene):
-    """The scene in words, but for what is left open. That captions tell much matters more than all
-    else that PRX tried: with short ones FID went from 18.20 to 36.84."""
-    first, *others = (f"a {thing.colour} {thing.shape}" for thing in scene.things)
-    place, text = scene.things[0].place, first
-    if others:
-        text = f"{first} {RELATION[place] if place else 'and'} {others[0]}"
+    """The scene in words, but for what is left open. Long captions are the largest effect that PRX
+    measured: with short ones FID went from 18.20 to 36.84."""
+    names = ["a " + " ".join(filter(None, thing[:2])) for thing in scene.things]
+    place, text = scene.things[0].place, names[0]
+    if len(names) == 2:
+        text = f"{names[0]} {RELATION[place] if place else 'and'} {names[1]}"
     elif place:
-        text = f"{first} at the {place}"
+        text = f"{text} at the {place}"
     return f"{text} on a {scene.background} background" if scene.background else text
 
 
 def coverage(thing, size):
-    """The share (size, size) of each pixel that a thing covers, from its signed distance."""
+    """The share (size, size) of each pixel that a thing covers, by its distance to the outline."""
     centres = (np.arange(size) + 0.5) / size
     x, y = (centres - thing.x) / thing.radius, (centres[:, None] - thing.y) / thing.radius
     a, b, r = np.abs(x), np.abs(y), np.hypot(x, y)
-    distance = {  # sizes that make all areas much the same
+    distance = {  # in radii, below 0 inside; sizes make all areas much the same
         "circle": r - 1,
         "square": np.maximum(a, b) - 0.89,
         "triangle": np.maximum(y, 0.866 * a - 0.5 * y) - 0.68,
@@ -163,7 +159,11 @@ def draw_scene(number, size):
     as there is no reason to leave it out."""
     rng = np.random.default_rng(number)
     scene = random_scene(rng)
-    return "", caption(leave_open(scene, rng)), render(scene, size), None
+    told = leave_open(scene, rng)
+    if told.background is None:  # as in the world at large, a plain one is not worth a word
+        plain = {"white", "black"} - {thing.colour for thing in scene.things}
+        scene = scene._replace(background=rng.choice(sorted(plain) or [scene.background]).item())
+    return "", caption(told), render(scene, size), None
 
 
 # ---------------------------------------------------------------------------- pictures of your own
@@ -222,11 +222,12 @@ def pair_up(files):
     for file in files:
         if file.ending in (".txt", ".caption", ".json"):
             captions[file.stem if file.stem in stems else file.sample].append(file)
-    without = collections.Counter(file.sample for file in pictures if file.stem not in captions)
+    uncaptioned = collections.Counter(file.sample for file in pictures if file.stem not in captions)
     items = [(file, [], "kind of file not read here") for file in files if file.ending in NOT_READ]
     for picture in pictures:
         found, problem = captions.get(picture.stem), None
-        if found is None and picture.sample not in stems and without[picture.sample] == 1:
+        # If no picture has the sample's name itself, and no other of the sample lacks a caption:
+        if found is None and picture.sample not in stems and uncaptioned[picture.sample] == 1:
             found = captions.get(picture.sample)
         if found is None:
             problem = "no caption beside it"
@@ -253,8 +254,7 @@ def read_caption(files):
             text = max(text, key=len)  # which tells most
         if not isinstance(text, str):
             raise LeftOut("caption that is no text")
-        # NUL would end a line early, and lone surrogates cannot be written.
-        text = text.replace("\0", " ").encode(errors="replace").decode()
+        text = text.encode(errors="replace").decode()  # lone surrogates cannot be written
         captions.add(" ".join(text.split()))
     captions.discard("")
     if len(captions) != 1:
@@ -388,6 +388,7 @@ class Settings:
     device: Annotated[Literal["auto", "cpu", "cuda", "mps"], "auto: the best there is"] = "auto"
 
     def __post_init__(self):
+        self.source = str(Path(self.source))
         is_scenes = self.source == "scenes"
         self.out = self.out or f"data/{Path(self.source).stem}"
         self.size = self.size or (32 if is_scenes else 256)
@@ -400,21 +401,21 @@ class Settings:
 def prepare(settings):
     """Write a cache, or go on with one. Raises UserError where nothing can be used, or the cache
     was begun with other settings."""
-    out, free = Path(settings.out), ("source", "out", "limit", "device")
+    out, free = Path(settings.out), ("out", "limit", "device")
     decisive = {key: value for key, value in vars(settings).items() if key not in free}
     for path in sorted(out.glob("shard-*/shard.json"))[:1]:
         refuse_differences(out, read_json(path)["settings"], decisive)
     if (out / "meta.json").exists():
         print(f"{out} is complete; for other pictures give a new --out")
         return
-    compute = pick_device(settings.device)
-    codec = load_codec(settings.codec, compute)
+    compute = model.pick_device(settings.device)
+    codec = model.load_codec(settings.codec, compute)
     token = 8 if codec.factor == 1 else 2 * codec.factor  # pixels, by train.py's default
     if settings.size % token:
         near = settings.size // token * token + token
         raise UserError(f"--size {settings.size} is no multiple of {token}; {near} is one")
-    text_encoder = load_text_encoder(settings.text, compute, settings.max_tokens)
-    teacher = load_teacher(settings.teacher, compute) if settings.teacher else None
+    text_encoder = model.load_text_encoder(settings.text, compute, settings.max_tokens)
+    teacher = model.load_teacher(settings.teacher, compute) if settings.teacher else None
     encoders = (codec, text_encoder, teacher)
     if settings.source == "scenes":
         items, load = range(settings.limit), partial(draw_scene, size=settings.size)
@@ -430,10 +431,13 @@ def prepare(settings):
             shard = encode(folder.name, items[first : first + SHARD_SIZE], load, encoders, compute)
             write_shard(folder, *shard, decisive)
     if world_size > 1:
-        torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=30))
+        if not torch.distributed.is_initialized():
+            torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=30))
         torch.distributed.barrier()  # until all shards are there
     if rank == 0:
         write_meta(out, settings, codec, text_encoder)
+    if world_size > 1:
+        torch.distributed.barrier()  # until meta.json is there
 
 
 def load_ahead(items, load):
@@ -443,15 +447,15 @@ def load_ahead(items, load):
     with ThreadPoolExecutor(threads) as pool:
         ahead = None
         for first in range(0, len(items), 64):
-            batch, ahead = ahead, pool.map(load, items[first : first + 64])
+            batch, ahead = ahead, pool.map(load, items[first : first + 64])  # begins at once
             if batch is not None:
                 yield list(batch)
         yield list(ahead)
 
 
 def encode(name, items, load, encoders, compute):
-    """Load and encode items. Returns arrays by name, captions, and sums for mean and deviation.
-    Reports what is left out."""
+    """Load and encode items; say what is left out. Returns the arrays of a shard by name, the
+    captions, and a record: seen, count, and sums (2, C) of means and mean squares of latents."""
     codec, text_encoder, teacher = encoders
     arrays, captions, left_out = collections.defaultdict(list), [], collections.defaultdict(list)
     sums, cut = np.zeros((2, codec.channels)), 0
@@ -472,7 +476,7 @@ def encode(name, items, load, encoders, compute):
                 features = teacher.features(images, min(16, images.shape[3] // 8))
                 arrays["teacher"].append(features.half().cpu().numpy())
         cut += sum(len(text_encoder.tokenize(text)) > text_encoder.max_tokens for text in texts)
-        sums += latents.mean((2, 3)).sum(0), np.square(latents).mean((2, 3)).sum(0)
+        sums += np.stack((latents, latents**2)).mean((3, 4)).sum(1)  # (2, C)
         if codec.stored_dtype == "uint8":
             latents = ((latents + 1) * 127.5).round()
         arrays["latents"].append(latents.astype(codec.stored_dtype))
@@ -504,12 +508,21 @@ def write_shard(folder, arrays, captions, record, decisive):
         raise UserError(f"{folder} cannot be written: {error}") from error
 
 
+def read_captions(folder):
+    """The captions of a shard."""
+    return json.loads((folder / "captions.json").read_text("utf-8"))
+
+
 def write_meta(out, settings, codec, text_encoder):
-    """Write meta.json from what the shards hold. Raises UserError, and deletes them, if nothing."""
+    """Write meta.json from what the shards hold. If they hold nothing, delete them and raise
+    UserError."""
     records = {path.parent: read_json(path) for path in sorted(out.glob("shard-*/shard.json"))}
     shards = [folder for folder, record in records.items() if record["count"]]
     if not shards:
-        shutil.rmtree(out)
+        for folder in records:
+            shutil.rmtree(folder)
+        with contextlib.suppress(OSError):
+            out.rmdir()  # if nothing else is in it
         raise UserError(f"{settings.source} holds no picture with a caption that can be used")
     total, seen = (sum(record[key] for record in records.values()) for key in ("count", "seen"))
     mean, square = np.sum([record["sums"] for record in records.values()], axis=0) / total
@@ -522,8 +535,12 @@ def write_meta(out, settings, codec, text_encoder):
         "tokens": max(1, int(lengths.max())),
         "mean": mean.tolist(),
         "std": np.sqrt((square - mean**2).clip(1e-6)).tolist(),
-        "examples": json.loads((shards[0] / "captions.json").read_text("utf-8"))[:12],
+        "examples": read_captions(shards[0])[:12],
     }
+    if settings.text == "words":  # sample.py names the words of a prompt that are not there
+        captions = [text for folder in shards for text in read_captions(folder)]
+        words = {word for text in captions for word in text_encoder.tokenize(text)}
+        meta["vocabulary"] = sorted(words)
     if settings.teacher:
         meta["teacher_dim"] = np.load(shards[0] / "teacher.npy", "r").shape[1]
     write_json(out / "meta.json", meta)

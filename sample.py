@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+import prepare
 from model import (
     PRX,
     UserError,
@@ -30,21 +31,7 @@ from model import (
     velocity,
     whole_file,
 )
-from prepare import (
-    COLOURS,
-    PLACES,
-    SHAPES,
-    STEP,
-    Scene,
-    Thing,
-    caption,
-    check_range,
-    coverage,
-    leave_open,
-    random_scene,
-    render,
-    run_script,
-)
+from prepare import Scene, Thing, caption, coverage, random_scene
 
 
 # ---------------------------------------------------------------------------------------- drawing
@@ -53,8 +40,9 @@ def generate(model, text, mask, noise, info, steps, guidance_scale):
 
     text (1 + B, T, D) and mask (1 + B, T) are of the empty caption and of B prompts. The velocity
     is guided away from that of the empty caption (arXiv 2207.12598); a scale of 1 is no guidance.
+    info has `shift` and `predict`, as the model was trained.
     """
-    # The table of diffusers' FlowMatchEulerDiscreteScheduler; the shift acts twice on its end.
+    # As in diffusers' FlowMatchEulerDiscreteScheduler the end is shifted, then the whole table.
     lowest = shift_time(torch.tensor(0.001), info["shift"]).item()
     times = shift_time(torch.linspace(1, lowest, steps), info["shift"])
     times = torch.cat((times, torch.zeros(1))).to(noise.device)
@@ -82,8 +70,8 @@ class Pipeline:
         self.text_encoder = load_text_encoder(info["text"], compute, 512)
 
     def encode(self, captions):
-        """Text (B, T, D) and mask (B, T) on the device. The mask hides what makes captions alike in
-        length, but for as many rows of zeros as the model knows from training."""
+        """Text (B, T, D) and mask (B, T) on the device. Training fills all captions up with zeros
+        to one length. Where one is longer here, the mask hides what others get beyond it."""
         embeddings = self.text_encoder.encode(captions)
         lengths = torch.tensor([max(len(each), self.info["tokens"]) for each in embeddings])
         text = pad(embeddings, max(lengths))
@@ -132,33 +120,35 @@ def grid(pictures, prompts, columns):
 
 # ---------------------------------------------------------------------------------------- judging
 UNIT_AREAS = {  # of each shape with a radius of 1
-    shape: coverage(Thing("", shape, "", 0.5, 0.5, 0.25), 256).mean() / 0.25**2 for shape in SHAPES
+    shape: coverage(Thing("", shape, "", 0.5, 0.5, 0.25), 256).mean() / 0.25**2
+    for shape in prepare.SHAPES
 }
 
 
 def describe(picture):
     """The Scene that fits a picture (size, size, 3) uint8 best."""
-    size, palette = len(picture), np.array(list(COLOURS.values()))
+    size, palette = len(picture), np.array(list(prepare.COLOURS.values()))
     nearest = np.square(picture[:, :, None] - palette).sum(-1).argmin(-1)  # (size, size)
     background = np.bincount(nearest.flatten()).argmax()  # things cover less than half
     centres, things = (np.arange(size) + 0.5) / size, []
-    for place, offset in PLACES.items():
-        middle = 0.5 + STEP * np.array(offset)
+    for place, offset in prepare.PLACES.items():
+        middle = 0.5 + prepare.STEP * np.array(offset)
         distance = np.hypot(centres - middle[0], centres[:, None] - middle[1])
         inside = nearest[distance < 0.13]
         if np.mean(inside != background) < 0.3:
             continue  # there is no thing in this place
         colour = np.bincount(inside[inside != background]).argmax()
+        # How far each pixel is on the way from the background to the colour, like `coverage`.
         change = palette[colour] - palette[background]
         covered = (picture - palette[background]) @ change / (change @ change)
-        covered = covered.clip(0, 1) * (distance < STEP)  # like `coverage`
-        x, y = (covered.sum(0) @ centres, covered.sum(1) @ centres) / covered.sum()
+        covered = covered.clip(0, 1) * (distance < prepare.STEP)
+        x, y = (covered.sum(0) @ centres, covered.sum(1) @ centres) / covered.sum()  # its centre
         fits = []
         for shape, area in UNIT_AREAS.items():
             radius = max(0.13, math.sqrt(covered.mean() / area))
-            fits.append(Thing(list(COLOURS)[colour], shape, place, x, y, radius))
+            fits.append(Thing(list(prepare.COLOURS)[colour], shape, place, x, y, radius))
         things.append(min(fits, key=lambda fit: np.abs(covered - coverage(fit, size)).sum()))
-    return Scene(list(COLOURS)[background], things)
+    return Scene(list(prepare.COLOURS)[background], things)
 
 
 def check(picture, scene):
@@ -170,18 +160,19 @@ def check(picture, scene):
         wanted = collections.Counter(thing[number] for thing in scene.things if thing[number])
         result[attribute] = wanted <= collections.Counter(thing[number] for thing in found.things)
     result["count"] = len(found.things) == len(scene.things)
-    # All of it may be there, but of the other thing; and nothing else may be in the picture.
+    # Each thing has to have all that was told of it: a blue circle and a red ring do not do.
     told = [{*thing[:3]} - {None} for thing in scene.things]
     orders = itertools.permutations({*thing[:3]} for thing in found.things)
     bound = any(all(a <= b for a, b in zip(told, order, strict=False)) for order in orders)
-    error = np.linalg.norm(picture - render(found, len(picture)).astype(float), axis=-1)
+    # Nothing else may be in the picture: at most 1% of the pixels are off by 110 of RGB.
+    error = np.linalg.norm(picture - prepare.render(found, len(picture)).astype(float), axis=-1)
     result["all"] = all(result.values()) and bound and bool(np.mean(error > 110) < 0.01)
     return result
 
 
 def score(pipeline, count, steps=20, guidance_scale=2.0):
-    """Prompt accuracies over `count` scenes each: held-out ones told in full ("named", and its
-    attributes), with the background left open, told anyhow, and pairs never trained."""
+    """Shares of `count` pictures that are right: of held-out scenes told in full ("named", and its
+    attributes), with the background left open, told as people may, and of pairs never trained."""
     shares = {}
     for seed, kind in enumerate(("named", "open", "free", "composition")):
         rng = np.random.default_rng(seed)
@@ -190,7 +181,7 @@ def score(pipeline, count, steps=20, guidance_scale=2.0):
         if kind == "open":
             scenes = [scene._replace(background=None) for scene in scenes]
         if kind == "free":
-            scenes = [leave_open(scene, rng) for scene in scenes]
+            scenes = [prepare.leave_open(scene, rng) for scene in scenes]
         prompts = [caption(scene) for scene in scenes]
         pictures = pipeline.draw(prompts, range(count), steps, guidance_scale)
         results = [check(*both) for both in zip(pictures, scenes, strict=True)]
@@ -216,7 +207,7 @@ class Settings:
     device: Annotated[Literal["auto", "cpu", "cuda", "mps"], "auto: the best there is"] = "auto"
 
     def __post_init__(self):
-        check_range(self, 1, math.inf, "n", "steps")
+        prepare.check_range(self, 1, math.inf, "n", "steps")
 
 
 def sample(settings):
@@ -231,18 +222,23 @@ def sample(settings):
         for name, share in score(pipeline, 512, *how).items():
             print(f"{name:12}{share:7.1%}")
         return
+    words = {word for text in settings.prompts for word in pipeline.text_encoder.tokenize(text)}
+    strange = sorted(words - set(info.get("vocabulary", words)))
+    if strange:
+        print(f"never seen in training: {', '.join(strange)}")
     prompts = [text for text in settings.prompts or info["examples"] for _ in range(settings.n)]
     seeds = [settings.seed + number % settings.n for number in range(len(prompts))]
     pictures = pipeline.draw(prompts, seeds, *how)
-    files = {f"{settings.out}/{n:04d}.png": Image.fromarray(p) for n, p in enumerate(pictures)}
-    if Path(settings.out).suffix.lower() in (".png", ".jpg", ".jpeg"):
+    out = Path(settings.out)
+    files = {out / f"{n:04d}.png": Image.fromarray(p) for n, p in enumerate(pictures)}
+    if out.suffix.lower() in (".png", ".jpg", ".jpeg"):
         columns = settings.n if 1 < settings.n < 9 else min(len(prompts), 6)
-        files = {settings.out: grid(pictures, prompts, columns)}
+        files = {out: grid(pictures, prompts, columns)}
     for path, picture in files.items():
         with whole_file(path) as file:
-            picture.save(file, "png" if path.lower().endswith(".png") else "jpeg")
+            picture.save(file, "png" if path.suffix.lower() == ".png" else "jpeg")
     print(f"{settings.out}: {len(pictures)} drawn")
 
 
 if __name__ == "__main__":
-    run_script(sample, Settings, __doc__, positional="prompts")
+    prepare.run_script(sample, Settings, __doc__, positional="prompts")

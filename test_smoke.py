@@ -384,16 +384,26 @@ def test_check_judges_only_what_is_told_and_names_what_is_wrong():
 
 
 def test_held_out_is_the_scene_not_the_caption():
-    def key(scene):
-        return scene.background, frozenset(thing[:3] for thing in scene.things)
+    def draw(split, count):
+        scenes = [prepare.random_scene(rng, split) for _ in range(count)]
+        return {frozenset(thing[:3] for thing in scene.things) for scene in scenes}
 
     rng = np.random.default_rng(0)
-    trained = {key(prepare.random_scene(rng)) for _ in range(3000)}
-    held_out = {key(prepare.random_scene(rng, "held-out")) for _ in range(300)}
-    never = {key(prepare.random_scene(rng, "composition")) for _ in range(300)}
-    assert not trained & (held_out | never)
-    pairs = {thing[:2] for _, things in trained for thing in things}
+    trained, held_out = draw("train", 3000), draw("held-out", 300)
+    assert not trained & (held_out | draw("composition", 300))
+    pairs = {thing[:2] for things in trained for thing in things}
     assert not pairs & prepare.NEVER_TRAINED
+
+
+def test_a_background_that_is_not_named_is_plain_and_never_hides_a_thing():
+    named, open_ones = set(), set()
+    for number in range(400):
+        _, text, picture, _ = prepare.draw_scene(number, 32)
+        scene = sample.describe(picture)
+        assert scene.background not in {thing.colour for thing in scene.things}
+        (named if "background" in text else open_ones).add(scene.background)
+    assert named == set(prepare.COLOURS)
+    assert {"white", "black"} <= open_ones
 
 
 def test_captions_tell_a_scene_in_several_ways():
@@ -407,6 +417,9 @@ def test_captions_tell_a_scene_in_several_ways():
         "a red circle and a blue ring",
     ):
         assert text in told
+    scene = prepare.Scene("white", [left])
+    alone = {prepare.caption(prepare.leave_open(scene, rng)) for _ in range(400)}
+    assert {"a red circle", "a circle at the left", "a circle on a white background"} <= alone
 
 
 # -------------------------------------------------------------------------------- the command line
@@ -508,7 +521,7 @@ def test_pictures_of_all_kinds_become_what_one_sees(capsys):
     for name, data in files.items():
         path = folder.parent / name
         path.write_bytes(data)
-        path.with_suffix(".TXT").write_text(f"{name}\0 in\nwords", "utf-8")
+        path.with_suffix(".TXT").write_text(f"{name} in\nwords", "utf-8")
     turned, exif = Image.new("RGB", (60, 40), "red"), Image.Exif()
     turned.paste("blue", (0, 0, 30, 40))
     exif[0x0112] = 6  # the left side is the top
@@ -612,6 +625,9 @@ def test_a_refused_source_leaves_nothing_and_a_broken_tar_is_read_up_to_there(ca
     with pytest.raises(model.UserError, match="no picture with a caption"):
         prepare_folder("photos", capsys)
     assert not Path("cache").exists()
+    with pytest.raises(model.UserError, match="no picture with a caption"):
+        prepare.prepare(prepare.Settings(source="photos", out="photos"))
+    assert Path("photos/a.png").exists()
     Path("photos/a.txt").write_text("an a")
     assert list(prepare_folder("photos", capsys)[0]) == ["an a"]
 
@@ -639,7 +655,7 @@ def test_preparing_goes_on_after_a_kill():
     kill_all(process)
     before = Path("data/scenes/shard-00000/latents.npy").stat().st_mtime_ns
     assert not Path("data/scenes/meta.json").exists()
-    assert "9,000 pictures" in run("prepare.py", "--limit", 9000)
+    assert "9,000 pictures" in run("prepare.py", "--limit", 9000, processes=2)
     assert Path("data/scenes/shard-00000/latents.npy").stat().st_mtime_ns == before
     assert "complete" in run("prepare.py", "--limit", 9000)
     assert "size was 32 and is now 64" in run("prepare.py", "--size", 64, fails=True)
@@ -725,6 +741,8 @@ def test_an_interrupted_run_goes_on_to_the_bit(scenes, how, processes):
     for out in ("cut", "whole"):
         run("train.py", *flags(settings | {"out": out}), processes=processes)
     torch.testing.assert_close(weights_of("cut"), weights_of("whole"), rtol=0, atol=0)
+    steps = [int(row["step"]) for row in read_log("cut")]
+    assert steps == sorted(set(steps))
 
 
 def test_a_full_disk_ends_in_a_sentence_and_keeps_the_last_checkpoint(trained):
@@ -792,6 +810,7 @@ def test_a_picture_is_the_same_whatever_else_is_drawn(trained):
     how = flags({"run": trained, "steps": 3, "seed": 5})
     run("sample.py", "a ring", "b", *how, "--n", 2, "--out", "many")
     run("sample.py", "b", *how, "--out", "one/")
+    assert "never seen in training: dog" in run("sample.py", "a red dog", *how)
     assert "12 drawn" in run("sample.py", *how, "--out", "all.png")
     many, one = (np.asarray(Image.open(path)) / 1.0 for path in ("many/0002.png", "one/0000.png"))
     assert one.shape == (32, 32, 3)

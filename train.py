@@ -9,7 +9,9 @@ The same command again goes on where the run stopped. The folder of a run, out/s
 
 import copy
 import dataclasses
+import hashlib
 import importlib.util
+import json
 import math
 import os
 import pickle
@@ -44,12 +46,12 @@ from sample import Pipeline, find_model, grid, score
 
 @dataclasses.dataclass
 class Settings:
-    """All settings of a run. Each field is a flag; figures of PRX are FIDs, 18.20 without."""
+    """All settings of a run. Each field is a flag. PRX's FIDs compare with 18.20, its baseline."""
 
     data: Annotated[str, "a cache that prepare.py wrote"] = "data/scenes"
     out: Annotated[str, "folder of the run; '': out/ and the cache's name"] = ""
     init: Annotated[str, "a run or model of the same sizes to begin with, as a second stage"] = ""
-    steps: Annotated[int, "optimizer steps; with more a finished run goes on"] = 950
+    steps: Annotated[int, "optimizer steps; with more a finished run goes on"] = 1200
     batch_size: Annotated[int, "pictures in a step, over all processes"] = 128
     micro_batch: Annotated[int, "pictures a process takes at once, to save memory; 0: all"] = 0
     seed: Annotated[int, "of the weights, the order, the noise and the timesteps"] = 0
@@ -61,8 +63,10 @@ class Settings:
     mlp_ratio: Annotated[float, "width of the MLP over hidden size (PRX: 3.5)"] = 3.0
     bottleneck: Annotated[int, "width of the bottleneck of pixel patches (PRX: 256); 0: none"] = 64
     predict: Annotated[Literal["x", "v"], "clean picture (JiT; PRX on pixels) or velocity"] = "x"
-    t_floor: Annotated[float, "t below it weighs as little in the loss (JiT, PRX: 0.05)"] = 0.3
-    shift: Annotated[float, "timestep shift, in sampling too (PRX: 3 at 1024 px)"] = 1.0
+    t_floor: Annotated[float, "below this t the loss weighs errors no higher (JiT, PRX: 0.05)"] = (
+        0.3
+    )
+    shift: Annotated[float, "timestep shift, in sampling too (PRX: 3 at 1024 px)"] = 2.0
     repa: Annotated[float, "weight of REPA, with a teacher (PRX: 0.5, FID 14.64)"] = 0.0
     repa_until: Annotated[float, "share of the run after which REPA ends (PRX: early)"] = 1.0
     route: Annotated[float, "share of tokens that skip blocks (TREAD; PRX: 0.5)"] = 0.0
@@ -90,7 +94,7 @@ class Cache:
 
     def __init__(self, folder, with_teacher):
         self.meta = read_json(Path(folder) / "meta.json")
-        names = ["latents", "text", "offsets"] + ["teacher"] * with_teacher
+        names = ["latents", "text", "offsets"] + (["teacher"] if with_teacher else [])
         self.shards, self.starts = [], [0]
         try:
             for name, count in self.meta["shards"].items():
@@ -123,7 +127,7 @@ class Cache:
         with ThreadPoolExecutor(1) as pool:
             ahead = None
             for numbers in batches:
-                batch, ahead = ahead, pool.submit(self.load, numbers)
+                batch, ahead = ahead, pool.submit(self.load, numbers)  # which begins at once
                 if batch is not None:
                     yield batch.result()
             if ahead is not None:
@@ -131,8 +135,8 @@ class Cache:
 
 
 def batches(count, settings, first_step, rank, world_size):
-    """For each step the numbers of this process's pictures, from seed and step alone, so that a
-    resumed run goes on in order. A batch may reach into the next epoch."""
+    """For each step the places in the cache of this process's pictures, from seed and step alone,
+    so that a resumed run goes on in order. A batch may reach into the next epoch."""
     epoch, order = None, None
     for step in range(first_step, settings.steps):
         numbers = []
@@ -203,11 +207,12 @@ def orthogonalize(x):
     """
     count, world_size = len(x), dist.get_world_size() if dist.is_initialized() else 1
     if world_size > 1:
-        x = F.pad(x, (0, 0, 0, 0, 0, -count % world_size))[dist.get_rank() :: world_size]
+        filler = x.new_zeros(-count % world_size, *x.shape[1:])  # the same number for each
+        x = torch.cat((x, filler))[dist.get_rank() :: world_size]
     is_tall = x.shape[1] > x.shape[2]
     x = x.mT if is_tall else x  # the smaller Gram matrix
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    for _ in range(5):
+    for _ in range(5):  # x becomes 3.4445 x - 4.775 (x xT) x + 2.0315 (x xT)^2 x
         gram = x @ x.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
         x = torch.baddbmm(x, polynomial, x, beta=3.4445)
@@ -215,7 +220,7 @@ def orthogonalize(x):
     if world_size > 1:
         shares = [torch.empty_like(x) for _ in range(world_size)]
         dist.all_gather(shares, x)
-        x = torch.stack(shares, dim=1).flatten(0, 1)[:count]
+        x = torch.stack(shares, dim=1).flatten(0, 1)[:count]  # in the first order again
     return x
 
 
@@ -224,7 +229,8 @@ def make_optimizers(model, settings, compute):
     rest, matrices = [], []
     for name, p in model.named_parameters():
         is_matrix = name.startswith("blocks.") and p.ndim == 2 and "modulation" not in name
-        (matrices if is_matrix and settings.optimizer == "muon" else rest).append(p)
+        group = matrices if is_matrix and settings.optimizer == "muon" else rest
+        group.append(p)
     adamw = torch.optim.AdamW(rest, settings.lr, (0.9, 0.95), weight_decay=0, fused=True)
     dtype = torch.bfloat16 if compute.dtype == torch.bfloat16 else torch.float32
     muon = [Muon(matrices, settings.muon_lr, 0.9, dtype)] if matrices else []  # PRX: 0.95
@@ -233,10 +239,15 @@ def make_optimizers(model, settings, compute):
 
 # --------------------------------------------------------------------------------- a training step
 def make_batch(examples, null_text, run, rank, world_size):
-    """Add noise, timesteps and routes to examples on the device, drawn for those of all processes
-    from seed and step alone. null_text (T, D) takes the place of dropped captions."""
-    (latents, text, *features), settings = examples, run.settings
-    device, count, mine = latents.device, settings.batch_size, slice(rank, None, world_size)
+    """Examples with noise and timesteps, as a dict: x, noise (B, C, H, W), t (B,), text (B, T, D),
+    and, if asked for, keep (B, S) and features (B, L, D).
+
+    Chance is drawn for the whole batch, from seed and step alone, and each process takes its rows.
+    null_text (1, T, D) takes the place of dropped captions.
+    """
+    latents, text, *features = examples
+    settings, device, mine = run.settings, latents.device, slice(rank, None, world_size)
+    count = settings.batch_size
     dice = torch.Generator(device).manual_seed(settings.seed * 2**32 + run.step)
     noise = torch.randn(count, *latents.shape[1:], generator=dice, device=device)[mine]
     t = sample_timesteps(count, settings.shift, dice)[mine]
@@ -265,7 +276,7 @@ def compute_loss(model, batch, settings, repa_weight):
     if "features" in batch:
         output, tokens = output  # tokens (B, L or S, D)
     truth = x if settings.predict == "x" else noise - x
-    how = (x_t, t, settings.predict, settings.t_floor)
+    how = (x_t, t, settings.predict, settings.t_floor)  # which damps both alike near t = 0
     mse = F.mse_loss(velocity(output.float(), *how), velocity(truth, *how))
     if "features" not in batch:
         return mse, mse
@@ -327,7 +338,9 @@ class Run:
         # What must not change when a run goes on. Steps, learning rates and the like may.
         names = ("seed", "batch_size", "optimizer", "predict", "shift", "repa", "route")
         self.decisive = {name: getattr(settings, name) for name in names}
-        self.decisive |= dataclasses.asdict(self.model.config) | {"data": meta}
+        self.decisive |= dataclasses.asdict(self.model.config)
+        digest = hashlib.md5(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+        self.decisive["data"] = f"the cache with digest {digest[:8]}"
 
     def save(self, folder):
         """Write the checkpoint, and the average with all it takes to draw. Raises UserError."""
@@ -351,6 +364,9 @@ class Run:
         self.step, self.seconds = state["step"], state["seconds"]
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
+        header, *rows = (folder / "log.csv").read_text().splitlines(keepends=True)
+        rows = [row for row in rows if int(row.split(",")[0]) <= self.step]  # before the kill
+        (folder / "log.csv").write_text("".join([header, *rows]))
 
     def log(self, path, rows, rank, world_size):
         """Append the means of what train_step gave to log.csv. Raises UserError if infinite."""
@@ -413,10 +429,8 @@ def train(settings):
         raise UserError(f"--batch-size is no multiple of the {world_size} processes")
     if world_size > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if compute.device.type == "cuda" else "gloo")
-    if rank == 0 and settings.data == "data/scenes" and not Path("data/scenes/meta.json").exists():
+    if settings.data == "data/scenes" and not Path("data/scenes/meta.json").exists():
         prepare.prepare(prepare.Settings())
-    if world_size > 1:
-        dist.barrier()  # until the scenes are there
     cache = Cache(settings.data, with_teacher=settings.repa > 0)
     run = Run(settings, cache.meta, compute)
     if (folder / "ckpt.pt").exists():
