@@ -189,7 +189,7 @@ class PRX(nn.Module):
                 img = img.gather(1, kept_rows)
                 angles = all_angles[keep][:, None]  # (B, 1, S, d / 2)
             img = block(img, txt, time, angles, mask)
-            is_middle = number == max(0, depth // 2 - 1)  # the 8th of 16, as in PRX
+            is_middle = number == max(first, depth // 2 - 1)  # the 8th of 16, as in PRX
             if is_middle and self.projector is not None and self.training:
                 features = self.projector(img)
             if keep is not None and number == last:
@@ -519,12 +519,13 @@ class T5(nn.Module):
     def split_word(self, word):
         """The most probable pieces, by Viterbi's algorithm (arXiv 1804.10959): the best split of
         each beginning of the word is that of a shorter one and one more piece."""
+        word = word[: 16 * self.max_tokens]  # no piece is longer than 16 letters
         best = [(0.0, [])]  # score and ids for the first 0, 1, 2, ... letters
         for stop in range(1, len(word) + 1):
             score, ids = best[stop - 1]
             unknown = [] if ids[-1:] == [self.unknown] else [self.unknown]  # neighbours are one
             candidates = [(score - 100, ids + unknown)]
-            for start in range(max(0, stop - 16), stop):  # no piece is longer
+            for start in range(max(0, stop - 16), stop):
                 if word[start:stop] in self.pieces:
                     piece_score, id = self.pieces[word[start:stop]]
                     candidates.append((best[start][0] + piece_score, [*best[start][1], id]))

@@ -173,6 +173,9 @@ FORMATS = {KINDS[ending] for ending in ENDINGS}  # EPS would run a stranger's pr
 NOT_READ = (".heic", ".heif", ".jxl", ".svg", ".gz", ".tgz", ".zip", ".parquet")
 
 
+Image.MAX_IMAGE_PIXELS = 50_000_000  # twice as many are gigantic
+
+
 class LeftOut(Exception):
     """The reason why a picture is not used."""
 
@@ -199,17 +202,21 @@ def list_files(source):
     """The files in a folder and those below it, and in tars, sorted; none that is hidden."""
     files = []
     for path in sorted(source.rglob("*")) if source.is_dir() else [source]:
-        if path.suffix.lower() == ".tar":
-            try:
-                with tarfile.open(path, "r:") as tar:
-                    for member in filter(tarfile.TarInfo.isfile, tar):
+        is_hidden = any(part.startswith(".") for part in path.relative_to(source).parts)
+        if is_hidden or not path.is_file():
+            continue
+        if path.suffix.lower() != ".tar":
+            files.append(File(str(path), path))
+            continue
+        try:
+            with tarfile.open(path, "r:") as tar:
+                for member in filter(tarfile.TarInfo.isfile, tar):
+                    if not os.path.basename(member.name).startswith("."):
                         name = f"{path}/{member.name}"
                         files.append(File(name, path, member.offset_data, member.size))
-            except tarfile.TarError as error:
-                print(f"{path} is read only up to a point: {error}")
-        elif path.is_file():
-            files.append(File(str(path), path))
-    return [file for file in files if not os.path.basename(file.name).startswith(".")]
+        except Exception as error:  # a broken tar raises whatever tarfile comes upon
+            print(f"{path} is read only up to a point: {error!r}")
+    return files
 
 
 def pair_up(files):
@@ -248,10 +255,10 @@ def read_caption(files):
             if file.ending == ".json":
                 record = json.loads(text)
                 text = record.get("prompt") or record.get("caption") or record.get("text") or ""
-        except (ValueError, AttributeError):
+        except (ValueError, AttributeError, RecursionError):
             raise LeftOut("caption that is not UTF-8, or no JSON object") from None
-        if isinstance(text, list) and text:
-            text = max(text, key=len)  # which tells most
+        if isinstance(text, list):  # the longest tells most
+            text = max((each for each in text if isinstance(each, str)), key=len, default="")
         if not isinstance(text, str):
             raise LeftOut("caption that is no text")
         text = text.encode(errors="replace").decode()  # lone surrogates cannot be written
@@ -300,6 +307,8 @@ def load_item(item, settings):
             raise LeftOut(f"longer side above {settings.max_aspect:g} times the shorter")
     except LeftOut as reason:
         return name, None, None, str(reason)
+    except (OSError, MemoryError, OverflowError):  # or a tar that lies about a size
+        return name, None, None, "file that cannot be read"
     size = (settings.size, settings.size)
     return name, text, np.array(ImageOps.fit(picture, size, Image.Resampling.LANCZOS)), None
 
@@ -388,7 +397,7 @@ class Settings:
     device: Annotated[Literal["auto", "cpu", "cuda", "mps"], "auto: the best there is"] = "auto"
 
     def __post_init__(self):
-        self.source = str(Path(self.source))
+        self.source = self.source.rstrip("/") or "/"
         is_scenes = self.source == "scenes"
         self.out = self.out or f"data/{Path(self.source).stem}"
         self.size = self.size or (32 if is_scenes else 256)

@@ -209,6 +209,30 @@ def test_timesteps_are_partly_uniform_and_shifted():
     torch.testing.assert_close(shifted, (3 * draws / (1 + 2 * draws)).where(draws > 1e-3, shifted))
 
 
+@pytest.mark.parametrize("depth", [1, 3, 16])
+def test_repa_sees_the_tokens_that_stayed_at_any_depth(depth):
+    config = random_prx(in_channels=3, patch_size=8, depth=depth).config
+    keep = torch.tensor([[14, 3, 8]])
+    inputs = torch.randn(1, 3, 32, 32), torch.rand(1), torch.randn(1, 5, 24)
+    _, features = model.PRX(config, repa_dim=7)(*inputs, keep=keep)
+    assert features.shape == (1, 3, 7)
+
+
+def test_float16_overflow_leaves_a_step_out(scenes):
+    settings = train.Settings(**TINY, data=str(scenes))
+    half = model.Compute(torch.device("cpu"), torch.float16)
+    run = train.Run(settings, train.Cache(scenes, False).meta, half)
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    before = {name: weight.clone() for name, weight in run.model.state_dict().items()}
+    batch = {"x": torch.randn(4, 3, 32, 32), "noise": torch.randn(4, 3, 32, 32)}
+    batch |= {"t": torch.full((4,), 0.5), "text": torch.randn(4, 9, 96)}
+    _, norm = train.train_step(run.model, run, batch, half)
+    assert not norm.isfinite()
+    assert run.scaler.get_scale() < 2.0**40
+    for name, weight in run.model.state_dict().items():
+        assert torch.equal(weight, before[name])
+
+
 def test_loss_is_the_formula_with_routing_and_repa():
     network = model.PRX(random_prx(in_channels=3, patch_size=8).config, repa_dim=48)
     for parameter in network.parameters():
@@ -604,6 +628,11 @@ def test_captions_are_paired_never_guessed(capsys):
         "list.json": b'{"caption": ["a fox", "a red fox"]}',
         "object.png": encode_picture(),
         "object.json": b'{"caption": {"a": 1}}',
+        "deep.png": encode_picture(),
+        "deep.json": b"[" * 100_000,
+        "numbers.png": encode_picture(),
+        "numbers.json": b'{"caption": [5, null]}',
+        ".hidden.png": encode_picture(),
     }
     with tarfile.open("photos/shard.tar", "w") as tar:
         for name, data in files.items():
@@ -731,7 +760,7 @@ def test_an_infinite_loss_ends_in_a_sentence_and_saves_nothing(scenes):
 def test_an_interrupted_run_goes_on_to_the_bit(scenes, how, processes):
     settings = TINY | {"data": scenes, "steps": 40, "save_every": 7, "repa": 1}
     cut = start("train.py", *flags(settings | {"out": "cut"}), processes=processes)
-    wait_for(Path("cut/ema/nanoprx.json"), cut)
+    wait_for(Path("cut/ckpt.pt"), cut)
     if how == signal.SIGKILL:
         kill_all(cut)
     else:

@@ -85,6 +85,12 @@ class Settings:
     def __post_init__(self):
         self.out = self.out or f"out/{Path(self.data).resolve().name}"
         prepare.check_range(self, 1, math.inf, "steps", "batch_size", "save_every", "sample_every")
+        prepare.check_range(
+            self, 0, 2**31 - 1, "seed", "micro_batch", "patch_size", "width", "depth"
+        )
+        prepare.check_range(
+            self, 0, math.inf, "bottleneck", "repa", "lr", "muon_lr", "clip", "warmup"
+        )
         prepare.check_range(self, 0, 1, "repa_until", "route", "caption_dropout", "ema")
 
 
@@ -305,9 +311,12 @@ def train_step(model, run, batch, compute):
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
     warmup = (run.step + 1) / max(1, settings.warmup)
     cooldown = (settings.steps - run.step) / max(1, settings.cooldown * settings.steps)
+    # In float16 gradients overflow now and then. The step is left out, and the scale made smaller.
+    overflows = run.scaler.is_enabled() and not norm.isfinite()
     for optimizer, rate in zip(run.optimizers, (settings.lr, settings.muon_lr), strict=False):
         optimizer.param_groups[0]["lr"] = rate * min(1, warmup, cooldown)
-        run.scaler.step(optimizer)
+        if not overflows:
+            run.scaler.step(optimizer)
         optimizer.zero_grad()
     run.scaler.update()
     with torch.no_grad():
@@ -328,7 +337,10 @@ class Run:
         self.model = make_model(settings, meta)
         if settings.init:
             weights = PRX.from_pretrained(find_model(settings.init)).state_dict()
-            load_weights(self.model, self.model.state_dict() | weights, settings.init)
+            for name, weight in self.model.state_dict().items():
+                if name.startswith("projector."):  # which is never saved
+                    weights[name] = weight
+            load_weights(self.model, weights, settings.init)
         self.model.to(self.device)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.optimizers = make_optimizers(self.model, settings, compute)
@@ -346,13 +358,13 @@ class Run:
         """Write the checkpoint, and the average with all it takes to draw. Raises UserError."""
         state = {name: part.state_dict() for name, part in self.parts.items()}
         state |= {"step": self.step, "seconds": self.seconds, "decisive": self.decisive}
+        self.ema.save_pretrained(folder / "ema")
+        write_json(folder / "ema" / "nanoprx.json", self.info)
         with whole_file(folder / "ckpt.pt") as file:
             try:
                 torch.save(state, file)
             except RuntimeError as error:  # which hides what the disk said
                 raise OSError("torch.save failed, is the disk full?") from error
-        self.ema.save_pretrained(folder / "ema")
-        write_json(folder / "ema" / "nanoprx.json", self.info)
 
     def load(self, folder):
         """Go on from a folder's checkpoint. Raises UserError if it is of another run, or broken."""
@@ -363,10 +375,15 @@ class Run:
         prepare.refuse_differences(folder, state["decisive"], self.decisive)
         self.step, self.seconds = state["step"], state["seconds"]
         for name, part in self.parts.items():
-            part.load_state_dict(state[name])
-        header, *rows = (folder / "log.csv").read_text().splitlines(keepends=True)
-        rows = [row for row in rows if int(row.split(",")[0]) <= self.step]  # before the kill
-        (folder / "log.csv").write_text("".join([header, *rows]))
+            if state[name]:  # a scaler that was not in use has no state
+                part.load_state_dict(state[name])
+
+    def trim_log(self, path):
+        """Take the rows behind the checkpoint out of log.csv, as these steps come again."""
+        lines = path.read_text().splitlines(keepends=True)
+        rows = [line for line in lines[1:] if int(line.split(",")[0]) <= self.step]
+        with whole_file(path) as file:
+            file.write("".join(lines[:1] + rows).encode())
 
     def log(self, path, rows, rank, world_size):
         """Append the means of what train_step gave to log.csv. Raises UserError if infinite."""
@@ -374,7 +391,7 @@ class Run:
         if world_size > 1:
             dist.all_reduce(loss)
         loss, norm = loss.item() / world_size, norm.item()
-        if not math.isfinite(loss + norm):
+        if not math.isfinite(loss) or not (math.isfinite(norm) or self.scaler.is_enabled()):
             raise UserError(f"the loss is infinite at step {self.step}; begin anew, lower --lr")
         if rank == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -396,9 +413,11 @@ def save_grid(folder, pipeline, step):
 def finish(folder, pipeline, run):
     """Write learning.gif, and the prompt accuracy of a run on scenes."""
     paths = sorted((folder / "samples").glob("step_*.png"))
-    first, *others = [Image.open(path) for path in paths[:: math.ceil(len(paths) / 50)]]
-    with whole_file(folder / "learning.gif") as file:
-        first.save(file, "gif", save_all=True, append_images=others, duration=400, loop=0)
+    frames = [Image.open(path) for path in paths[:: math.ceil(len(paths) / 50) or 1]]
+    for first in frames[:1]:
+        how = {"save_all": True, "append_images": frames[1:], "duration": 400, "loop": 0}
+        with whole_file(folder / "learning.gif") as file:
+            first.save(file, "gif", **how)
     print(f"{folder} took {run.seconds / 60:.1f} minutes; python sample.py --run {folder} PROMPT")
     if run.info["source"] == "scenes":
         accuracies = score(pipeline, 128).items()
@@ -409,7 +428,8 @@ def wrap_model(run, compute, rank, world_size):
     """The model as it is trained: compiled, if asked for and possible, and in DDP, if needed."""
     on = run.settings.compile == "on"
     if run.settings.compile == "auto" and compute.device.type == "cuda":
-        on = importlib.util.find_spec("triton") is not None  # which Windows lacks
+        has_triton = importlib.util.find_spec("triton") is not None  # Windows lacks it
+        on = has_triton and torch.cuda.get_device_capability() >= (7, 0)  # as it demands
     if on:
         run.model.compile()
     if rank == 0:
@@ -430,11 +450,13 @@ def train(settings):
     if world_size > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if compute.device.type == "cuda" else "gloo")
     if settings.data == "data/scenes" and not Path("data/scenes/meta.json").exists():
-        prepare.prepare(prepare.Settings())
+        prepare.prepare(prepare.Settings(device=settings.device))
     cache = Cache(settings.data, with_teacher=settings.repa > 0)
     run = Run(settings, cache.meta, compute)
     if (folder / "ckpt.pt").exists():
         run.load(folder)
+        if rank == 0 and (folder / "log.csv").exists():
+            run.trim_log(folder / "log.csv")
     pipeline = Pipeline(run.ema, run.info, compute)
     model = wrap_model(run, compute, rank, world_size)
     train_steps(model, run, cache, pipeline, folder, rank, world_size)
