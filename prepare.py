@@ -55,7 +55,7 @@ COLOURS = {
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "ring")
 ROWS, COLUMNS = {"top": -1, "": 0, "bottom": 1}, {"left": -1, "": 0, "right": 1}
 PLACES = {
-    (f"{row} {column}").strip(): (COLUMNS[column], ROWS[row])
+    f"{row} {column}".strip(): (COLUMNS[column], ROWS[row])
     for row in ROWS
     for column in COLUMNS
     if row or column
@@ -171,9 +171,7 @@ KINDS = Image.registered_extensions()  # by ending
 ENDINGS = {ending for ending, kind in KINDS.items() if kind in Image.OPEN and kind != "EPS"}
 FORMATS = {KINDS[ending] for ending in ENDINGS}  # EPS would run a stranger's program
 NOT_READ = (".heic", ".heif", ".jxl", ".svg", ".gz", ".tgz", ".zip", ".parquet")
-
-
-Image.MAX_IMAGE_PIXELS = 50_000_000  # twice as many are gigantic
+Image.MAX_IMAGE_PIXELS = 50_000_000  # pictures of more than twice as many are left out
 
 
 class LeftOut(Exception):

@@ -230,10 +230,12 @@ def sample(settings):
     seeds = [settings.seed + number % settings.n for number in range(len(prompts))]
     pictures = pipeline.draw(prompts, seeds, *how)
     out = Path(settings.out)
-    files = {out / f"{n:04d}.png": Image.fromarray(p) for n, p in enumerate(pictures)}
     if out.suffix.lower() in (".png", ".jpg", ".jpeg"):
         columns = settings.n if 1 < settings.n < 9 else min(len(prompts), 6)
         files = {out: grid(pictures, prompts, columns)}
+    else:
+        paths = [out / f"{number:04d}.png" for number in range(len(pictures))]
+        files = dict(zip(paths, map(Image.fromarray, pictures), strict=True))
     for path, picture in files.items():
         with whole_file(path) as file:
             picture.save(file, "png" if path.suffix.lower() == ".png" else "jpeg")

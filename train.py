@@ -296,7 +296,7 @@ def train_step(model, run, batch, compute):
     """One step of all optimizers. Returns (2,): mean squared error, norm of the gradients."""
     settings, count = run.settings, len(batch["x"])
     # At its end REPA's weight becomes 0, as DDP wants gradients for all parameters.
-    repa_weight = settings.repa * (run.step < settings.repa_until * settings.steps)
+    repa_weight = settings.repa if run.step < settings.repa_until * settings.steps else 0.0
     total, micro = 0, settings.micro_batch or count
     for first in range(0, count, micro):
         part = {name: each[first : first + micro] for name, each in batch.items()}
@@ -413,11 +413,11 @@ def save_grid(folder, pipeline, step):
 def finish(folder, pipeline, run):
     """Write learning.gif, and the prompt accuracy of a run on scenes."""
     paths = sorted((folder / "samples").glob("step_*.png"))
-    frames = [Image.open(path) for path in paths[:: math.ceil(len(paths) / 50) or 1]]
-    for first in frames[:1]:
-        how = {"save_all": True, "append_images": frames[1:], "duration": 400, "loop": 0}
+    if paths:  # unless the user has deleted them
+        step = math.ceil(len(paths) / 50)
+        first, *others = [Image.open(path) for path in paths[::step]]
         with whole_file(folder / "learning.gif") as file:
-            first.save(file, "gif", **how)
+            first.save(file, "gif", save_all=True, append_images=others, duration=400, loop=0)
     print(f"{folder} took {run.seconds / 60:.1f} minutes; python sample.py --run {folder} PROMPT")
     if run.info["source"] == "scenes":
         accuracies = score(pipeline, 128).items()
@@ -426,14 +426,14 @@ def finish(folder, pipeline, run):
 
 def wrap_model(run, compute, rank, world_size):
     """The model as it is trained: compiled, if asked for and possible, and in DDP, if needed."""
-    on = run.settings.compile == "on"
+    compiles = run.settings.compile == "on"
     if run.settings.compile == "auto" and compute.device.type == "cuda":
         has_triton = importlib.util.find_spec("triton") is not None  # Windows lacks it
-        on = has_triton and torch.cuda.get_device_capability() >= (7, 0)  # as it demands
-    if on:
+        compiles = has_triton and torch.cuda.get_device_capability() >= (7, 0)  # as it demands
+    if compiles:
         run.model.compile()
     if rank == 0:
-        told = "torch.compile" if on else "no torch.compile"
+        told = "torch.compile" if compiles else "no torch.compile"
         print(f"{compute.device.type}, matrix products in {compute.dtype}, {told}")
     return torch.nn.parallel.DistributedDataParallel(run.model) if world_size > 1 else run.model
 
@@ -472,10 +472,15 @@ def train(settings):
 def train_steps(model, run, cache, pipeline, folder, rank, world_size):
     """The loop: steps until the last or until told to stop, with samples and checkpoints."""
     settings, compute = run.settings, pipeline.compute
-    stop_asked, rows, started = torch.zeros(()), [], time.perf_counter() - run.seconds
+    stop_asked = torch.zeros(())
+
+    def ask_to_stop(number, frame):
+        stop_asked.fill_(1)
+
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Ctrl-C, torchrun's, a closed terminal
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), lambda *_: stop_asked.fill_(1))
+        if hasattr(signal, name):  # Windows has no SIGHUP
+            signal.signal(getattr(signal, name), ask_to_stop)
+    rows, started = [], time.perf_counter() - run.seconds
     null_text = pipeline.encode([""])[0]  # (1, T, D)
     numbers = batches(cache.starts[-1], settings, run.step, rank, world_size)
     bar = tqdm(total=settings.steps, initial=run.step, disable=rank > 0 or None)
