@@ -6,11 +6,14 @@ Parameters carry the names of the public checkpoints, so that `load_state_dict` 
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import os
 import re
 import unicodedata
+import urllib.parse
+from functools import partial
 from pathlib import Path
 
 import huggingface_hub
@@ -18,6 +21,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
@@ -152,6 +156,7 @@ class PRX(nn.Module):
         for name, parameter in self.named_parameters():
             if "modulation" in name or "final_layer" in name:
                 nn.init.zeros_(parameter)  # blocks begin as the identity, the output as 0
+        self.checkpoint_blocks = False  # activations inside of blocks are kept for backward
         self.projector = None
         if repa_dim is not None:
             layers = [nn.Linear(width, repa_dim), nn.SiLU(), nn.Linear(repa_dim, repa_dim)]
@@ -188,7 +193,11 @@ class PRX(nn.Module):
                 kept_rows = keep[:, :, None].expand(-1, -1, img.shape[2])  # (B, S, D)
                 img = img.gather(1, kept_rows)
                 angles = all_angles[keep][:, None]  # (B, 1, S, d / 2)
-            img = block(img, txt, time, angles, mask)
+            if self.checkpoint_blocks and self.training:  # or computed a second time there
+                inputs = (img, txt, time, angles, mask)
+                img = torch.utils.checkpoint.checkpoint(block, *inputs, use_reentrant=False)
+            else:
+                img = block(img, txt, time, angles, mask)
             is_middle = number == max(first, depth // 2 - 1)  # the 8th of 16, as in PRX
             if is_middle and self.projector is not None and self.training:
                 features = self.projector(img)
@@ -265,6 +274,7 @@ class Compute:
 
     device: torch.device
     dtype: torch.dtype  # bfloat16, float32, or float16, which wants a GradScaler
+    reason: str = ""  # in words, for the user
 
     def autocast(self):
         """A context in which matrix products run in `dtype`."""
@@ -279,20 +289,25 @@ def pick_device(device="auto", dtype="auto"):
         device = next((name for name, check in is_available.items() if check()), "cpu")
     elif device != "cpu" and not is_available[device]():
         raise UserError(f"--device {device}: torch {torch.__version__} finds no such device here")
-    best = "fp32"
+    best, reason = "fp32", "the safe choice"
     if device == "cuda":
         torch.cuda.set_device(int(os.getenv("LOCAL_RANK", "0")))  # which torchrun sets
         torch.set_float32_matmul_precision("high")  # TF32
-        best = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        best, reason = "fp16", "it has no units for bf16"
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            best, reason = "bf16", "it has units for it"
     if device == "cpu":
         # A CPU without bf16 units emulates them, 50 times slower than float32. Intel's AVX-512
         # without AMX has them and is slower all the same. (Old versions of torch cannot tell.)
         found = getattr(torch.cpu, "get_capabilities", dict)()
         is_intel = "Intel" in str(found.get("cpu_name"))
+        reason = "it has no fast units for bf16"
         if found.get("amx_bf16") or (found.get("avx512_bf16") and not is_intel):
-            best = "bf16"
+            best, reason = "bf16", "it has units for it"
+    if dtype != "auto":
+        best, reason = dtype, "as asked"
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    return Compute(torch.device(device), dtypes[best if dtype == "auto" else dtype])
+    return Compute(torch.device(device), dtypes[best], f"{device} computes in {best}: {reason}")
 
 
 @contextlib.contextmanager
@@ -329,12 +344,17 @@ def read_json(path):
 
 
 def fetch(source, *patterns):
-    """The folder `source`, or the one with a Hub repository's files of such names. Raises UserError
-    if there is neither."""
+    """The folder `source`, or the one with a Hub repository's files of such names. Says how much is
+    to be downloaded. Raises UserError if there is neither."""
     if Path(source).is_dir():
         return Path(source)
+    download = partial(huggingface_hub.snapshot_download, source, allow_patterns=patterns)
     try:
-        return Path(huggingface_hub.snapshot_download(source, allow_patterns=patterns))
+        with contextlib.suppress(huggingface_hub.errors.DryRunError):  # without a network
+            size = sum(file.file_size or 0 for file in download(dry_run=True) if file.will_download)
+            if size > 1e7:
+                print(f"{source}: downloading {size / 1e9:.2f} GB")
+        return Path(download())
     except Exception as error:  # the library passes on the errors of three others
         raise UserError(
             f"{source} is no folder, and the Hub does not give it ({type(error).__name__}); check "
@@ -482,14 +502,25 @@ class Words:
         return embeddings
 
 
+def embed_rows(network, rows):
+    """What a text encoder makes of rows of ids: a list of (L, dim)."""
+    device = next(network.parameters()).device
+    rows = [torch.tensor(row) for row in rows]
+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1).to(device)
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):  # T5 overflows in float16
+        embeddings = network(ids)
+    return [embedding[: len(row)] for embedding, row in zip(embeddings, rows, strict=True)]
+
+
 class T5(nn.Module):
     """The encoder of a T5 v1.1 (arXiv 1910.10683, 2002.05202) such as google/flan-t5-base."""
 
     unknown, end = 2, 1  # ids
 
-    def __init__(self, config, vocabulary, max_tokens):
+    def __init__(self, config, tokenizer, max_tokens):
         super().__init__()
         self.dim, self.heads, self.max_tokens = config["d_model"], config["num_heads"], max_tokens
+        vocabulary = tokenizer["model"]["vocab"]
         self.pieces = {piece: (score, id) for id, (piece, score) in enumerate(vocabulary)}
         self.shared = nn.Embedding(config["vocab_size"], self.dim)
         inner, wide, blocks = self.heads * config["d_kv"], config["d_ff"], nn.ModuleList()
@@ -532,16 +563,10 @@ class T5(nn.Module):
             best.append(max(candidates))
         return best[-1][1]
 
-    @torch.no_grad()
     def encode(self, captions):
         """A list of (L, dim), L <= max_tokens; the end stays when a caption is cut."""
-        ids = [self.tokenize(caption) for caption in captions]
-        rows = [torch.tensor(row[:-1][: self.max_tokens - 1] + [self.end]) for row in ids]
-        padded = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
-        device = self.shared.weight.device
-        with torch.autocast(device.type, enabled=False):  # T5 overflows in float16
-            embeddings = self(padded.to(device))
-        return [embedding[: len(row)] for embedding, row in zip(embeddings, rows, strict=True)]
+        rows = [self.tokenize(caption)[:-1] for caption in captions]
+        return embed_rows(self, [row[: self.max_tokens - 1] + [self.end] for row in rows])
 
     def forward(self, ids):
         """ids (B, L), -1 at padding, to (B, L, dim)."""
@@ -565,19 +590,196 @@ class T5(nn.Module):
         return self.encoder["final_layer_norm"](x)
 
 
+# What the official PRX takes out of prompts, in diffusers' order, but for its rules against
+# advertising. The patterns are of text in lower case.
+CLEANING = (
+    (r"\b(https?:/{1,3}|[a-z0-9.-]+\.(com|co|ru|net|org|edu|gov|it)[\w/-]*\b/?(?!@))", ""),
+    (r"@\w+", ""),
+    ("[\u31c0-\u9fff]+", ""),  # Chinese
+    ("[\u2010-\u2015\u301c\uff0d-]+", "-"),
+    ("[`´«»¨]", '"'),
+    ("&quot;?|&amp", ""),
+    (r"#\d{1,3}\b|#\d{5,}\b|\b\d{6,}\b", ""),
+    (r"\S+\.(png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4)", ""),
+    ("[\"']{2,}", '"'),
+    (r"\.{2,}", " "),
+    (r"[][#®•©™&@·º½¾¿¡§~(){}|\\/*]+", " "),
+    (r"\s+\.\s+", " "),
+    ("[\u2018-\u201b]", "'"),  # quotes that lean
+    ("[\u201c-\u201f]", '"'),
+    (r"^\s+|\s+$", ""),
+    (r"\b[a-z]{1,3}\d{3,15}\b|\b[a-z]+\d+[a-z]+\b|\b\d+[a-z]+\d+\b", ""),  # jc6640
+    (r"\b\s+:\s+", ": "),
+    (r"(\D[,./])\b", r"\1 "),
+    (r"\s+", " "),
+    (r"^[\"'](.+)[\"']$", r"\1"),
+    (r"^['_,:;-]|['_,:+-]$", ""),
+)
+
+
+def clean_prompt(text):
+    """A prompt as the official PRX was trained to read it: plain and in lower case."""
+    text = urllib.parse.unquote_plus(text).strip().lower()
+    for pattern, replacement in CLEANING:
+        text = re.sub(pattern, replacement, text)
+    if text.count("-") + text.count("_") > 3:  # more than hyphens, as in my_pictures-of-a-cat
+        text = text.replace("-", " ").replace("_", " ")
+    return unicodedata.normalize("NFC", " ".join(text.split()))
+
+
+class GemmaNorm(nn.Module):
+    """RMSNorm that scales by 1 + weight."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x):
+        """x (B, L, D)."""
+        return F.rms_norm(x.float(), x.shape[-1:], 1 + self.weight.float(), eps=1e-6).to(x.dtype)
+
+
+class GemmaLayer(nn.Module):
+    """Attention and a gated MLP, each between two norms (Gemma 2, arXiv 2408.00118)."""
+
+    def __init__(self, config):
+        super().__init__()
+        width, inner = config["hidden_size"], config["intermediate_size"]
+        self.heads, self.kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+        self.scale = config["query_pre_attn_scalar"] ** -0.5
+        self.cap = config["attn_logit_softcapping"]
+        all_heads, all_kv_heads = (n * config["head_dim"] for n in (self.heads, self.kv_heads))
+        self.self_attn = nn.ModuleDict()
+        self.self_attn["q_proj"] = nn.Linear(width, all_heads, bias=False)
+        self.self_attn["k_proj"] = nn.Linear(width, all_kv_heads, bias=False)
+        self.self_attn["v_proj"] = nn.Linear(width, all_kv_heads, bias=False)
+        self.self_attn["o_proj"] = nn.Linear(all_heads, width, bias=False)
+        self.mlp = nn.ModuleDict()
+        self.mlp["gate_proj"] = nn.Linear(width, inner, bias=False)
+        self.mlp["up_proj"] = nn.Linear(width, inner, bias=False)
+        self.mlp["down_proj"] = nn.Linear(inner, width, bias=False)
+        self.pre_self_attn_layernorm = GemmaNorm(width)
+        self.post_self_attn_layernorm = GemmaNorm(width)
+        self.pre_feedforward_layernorm = GemmaNorm(width)
+        self.post_feedforward_layernorm = GemmaNorm(width)
+
+    def forward(self, x, angles, is_padding):
+        """x (B, L, D), angles (L, d / 2) and is_padding (B, 1, 1, L) to (B, L, D)."""
+        y = self.pre_self_attn_layernorm(x)
+        q = turn_halves(split_heads(self.self_attn["q_proj"](y), self.heads), angles)
+        k = turn_halves(split_heads(self.self_attn["k_proj"](y), self.kv_heads), angles)
+        v = split_heads(self.self_attn["v_proj"](y), self.kv_heads)
+        k, v = (each.repeat_interleave(self.heads // self.kv_heads, dim=1) for each in (k, v))
+        scores = self.cap * torch.tanh(q @ k.mT * self.scale / self.cap)  # (B, heads, L, L)
+        scores = scores.masked_fill(is_padding, -math.inf)
+        y = (scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v).transpose(1, 2).flatten(2)
+        x = x + self.post_self_attn_layernorm(self.self_attn["o_proj"](y))
+        y = self.pre_feedforward_layernorm(x)
+        y = F.gelu(self.mlp["gate_proj"](y), approximate="tanh") * self.mlp["up_proj"](y)
+        return x + self.post_feedforward_layernorm(self.mlp["down_proj"](y))
+
+
+def turn_halves(x, angles):
+    """Rotary embedding of x (B, heads, L, d): its first half is paired with the second."""
+    a, b = x.chunk(2, dim=-1)
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+class T5Gemma(nn.Module):
+    """The encoder of T5Gemma (arXiv 2504.06225), which reads prompts for the official PRX."""
+
+    def __init__(self, config, tokenizer, max_tokens):
+        super().__init__()
+        config = config.get("encoder", config)
+        self.dim, self.head_dim = config["hidden_size"], config["head_dim"]
+        self.theta = config.get("rope_theta") or config["rope_parameters"]["rope_theta"]
+        self.max_tokens = min(max_tokens, 256)  # to which PRX's captions were cut
+        self.ids = tokenizer["model"]["vocab"]
+        # Words can be split apart if no piece reaches from one into the next, as in Gemma's file.
+        reaches = any("▁" in piece.lstrip("▁") for piece in self.ids)
+        self.word_pattern = re.compile("(?s).+" if reaches else "▁*[^▁]+|▁+")
+        self.ranks = {}  # of pairs of pieces; a file has them as "a b" or as ["a", "b"]
+        for rank, pair in enumerate(tokenizer["model"]["merges"]):
+            self.ranks[tuple(pair.split(" ") if isinstance(pair, str) else pair)] = rank
+        self.added = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
+        longest_first = sorted(map(re.escape, self.added), key=len, reverse=True)
+        self.added_pattern = re.compile(f"({'|'.join(longest_first)})")
+        self.embed_tokens = nn.Embedding(config["vocab_size"], self.dim)
+        self.layers = nn.ModuleList(GemmaLayer(config) for _ in range(config["num_hidden_layers"]))
+        self.norm = GemmaNorm(self.dim)
+
+    def tokenize(self, text):
+        """The ids of the beginning and of the pieces of a cleaned text."""
+        ids = [self.added["<bos>"]]
+        for part in self.added_pattern.split(clean_prompt(text)):
+            if part in self.added:
+                ids.append(self.added[part])
+                continue
+            for word in self.word_pattern.findall(part.replace(" ", "▁")):
+                ids += self.split_word(word)
+        return ids
+
+    def split_word(self, word):
+        """Byte-pair encoding (arXiv 1508.07909): of all neighbours those are merged first that were
+        merged first when the vocabulary was made."""
+        pieces = []
+        for letter in word[: 32 * self.max_tokens]:  # no piece has more than 32 letters
+            is_known = letter in self.ids
+            pieces += [letter] if is_known else [f"<0x{byte:02X}>" for byte in letter.encode()]
+        while True:
+            pairs = list(itertools.pairwise(pieces))
+            pair = min(pairs, key=lambda pair: self.ranks.get(pair, math.inf), default=None)
+            if pair not in self.ranks:
+                return [self.ids[piece] for piece in pieces]
+            first = pairs.index(pair)
+            pieces[first : first + 2] = ["".join(pair)]
+
+    def encode(self, captions):
+        """A list of (L, dim), L <= max_tokens. The empty caption has the beginning alone."""
+        return embed_rows(self, [self.tokenize(text)[: self.max_tokens] for text in captions])
+
+    def forward(self, ids):
+        """ids (B, L), -1 at padding, to (B, L, dim)."""
+        x = self.embed_tokens(ids.clamp(min=0)) * math.sqrt(self.dim)
+        exponents = torch.arange(0, self.head_dim, 2, device=ids.device) / self.head_dim
+        positions = torch.arange(ids.shape[1], device=ids.device)
+        angles = positions[:, None] / self.theta**exponents  # (L, d / 2)
+        is_padding = (ids < 0)[:, None, None]
+        for layer in self.layers:
+            x = layer(x, angles, is_padding)
+        return self.norm(x)
+
+
 def load_text_encoder(name, compute, max_tokens):
-    """The text encoder of that name: words, or the T5 in a folder or Hub repository. Its `encode`
-    makes of captions a list of (L, dim), L <= max_tokens. Raises UserError."""
+    """The text encoder of that name: words, the T5 in a folder or Hub repository, or the T5Gemma in
+    that of an official PRX. Its `encode` makes of captions a list of (L, dim), L <= max_tokens.
+    Raises UserError."""
     if name == "words":
         return Words(max_tokens)
-    folder = fetch(name, "config.json", "tokenizer.json", "model*.safetensors")
-    config, tokenizer = read_json(folder / "config.json"), read_json(folder / "tokenizer.json")
-    if config.get("model_type") != "t5" or "gated" not in config.get("feed_forward_proj", ""):
-        raise UserError(f"{name} holds no T5 v1.1, such as google/flan-t5-base is")
+    folder = fetch(name, "*.json")
+    part, tokenizer_part, files = "", "", "model*.safetensors"
+    if (folder / "text_encoder").is_dir():  # of a pipeline
+        part, tokenizer_part, files = "text_encoder", "tokenizer", "text_encoder/*.safetensors"
+    config = read_json(folder / part / "config.json")
+    is_gated = "gated" in config.get("feed_forward_proj", "")
+    if config.get("model_type") == "t5" and is_gated:
+        kind = T5
+    elif config.get("model_type") in ("t5gemma", "t5_gemma_module"):
+        kind = T5Gemma
+    else:
+        raise UserError(
+            f"{name} holds no text encoder known here; T5 v1.1, as google/flan-t5-base, and the "
+            "T5Gemma of Photoroom/prx-512-t2i are"
+        )
+    tokenizer = read_json(folder / tokenizer_part / "tokenizer.json")
     with torch.device("meta"):
-        network = T5(config, tokenizer["model"]["vocab"], max_tokens)
+        network = kind(config, tokenizer, max_tokens)
     known = network.state_dict().keys()  # a file may hold the decoder, too
-    weights = {key: value for key, value in read_weights(folder).items() if key in known}
+    stored = read_weights(fetch(name, files) / part)
+    if kind is T5Gemma:  # which transformers saves bare, or wrapped as an `encoder`
+        stored = {key.removeprefix("encoder."): value for key, value in stored.items()}
+    weights = {key: value for key, value in stored.items() if key in known}
     return load_weights(network, weights, name, compute)
 
 

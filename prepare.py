@@ -10,6 +10,7 @@ A caption stands in the .txt, .caption or .json of its picture's name. The cache
                             text.npy        (sum of all L, D), the embeddings of all captions
                             offsets.npy     (N + 1), caption i has the rows offsets[i : i + 2]
                             captions.json   N texts; shard.json  counts and settings
+                            digest.npy      (N,) uint32, of the pixels; train.py holds out by it
                             teacher.npy     (N, D, h, w), features for REPA, if asked for
 """
 
@@ -28,6 +29,7 @@ import shutil
 import sys
 import tarfile
 import typing
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -475,6 +477,7 @@ def encode(name, items, load, encoders, compute):
             continue
         captions += texts
         images = np.stack([picture for _, _, picture, reason in batch if reason is None])
+        arrays["digest"].append(np.array([zlib.crc32(picture) for picture in images], np.uint32))
         images = torch.from_numpy(images).to(compute.device).permute(0, 3, 1, 2) / 127.5 - 1
         with compute.autocast(), torch.no_grad():
             latents = codec.encode(images).float().cpu().numpy()

@@ -21,6 +21,7 @@ import prepare
 from model import (
     PRX,
     UserError,
+    Words,
     fetch,
     load_codec,
     load_text_encoder,
@@ -47,60 +48,132 @@ def generate(model, text, mask, noise, info, steps, guidance_scale):
     times = shift_time(torch.linspace(1, lowest, steps), info["shift"])
     times = torch.cat((times, torch.zeros(1))).to(noise.device)
     rows = torch.arange(1, 1 + len(noise))
-    if guidance_scale != 1:
+    if guidance_scale > 1:
         rows = torch.cat((torch.zeros_like(rows), rows))  # in the same pass
     text, mask = text[rows], None if mask.all() else mask[rows]
     x = noise
     for t, next_t in itertools.pairwise(times):
         x_in, t_in = x.repeat(len(rows) // len(x), 1, 1, 1), t.expand(len(rows))
         v = velocity(model(x_in, t_in, text, mask).float(), x_in, t_in, info["predict"])
-        if guidance_scale != 1:
+        if guidance_scale > 1:
             v_empty, v = v.chunk(2)
             v = v_empty + guidance_scale * (v - v_empty)
         x = x + (next_t - t) * v
     return x
 
 
+def find_model(source):
+    """The folder with the weights of a model, and its info: what it takes to draw with it. source
+    is a run, its uploaded ema/, or a pipeline of diffusers with a PRX. Raises UserError."""
+    folder = fetch(source, "*.json")
+    if (folder / "model_index.json").exists():
+        info = read_pipeline(source, folder)
+        return fetch(source, "transformer/*.safetensors") / "transformer", info
+    folder = fetch(source, "*.safetensors")
+    if (folder / "ema").is_dir():
+        folder = folder / "ema"
+    return folder, read_json(folder / "nanoprx.json")
+
+
+def read_pipeline(source, folder):
+    """The info of an official PRX, from the small files in its folder. Raises UserError if it needs
+    networks that are not in model.py, before anything large is downloaded."""
+    index = read_json(folder / "model_index.json")
+    text_encoder, vae = (index.get(name, ["", "none"])[1] for name in ("text_encoder", "vae"))
+    channels = read_json(folder / "transformer" / "config.json").get("in_channels")
+    is_flux = vae == "AutoencoderKL" and channels == 16
+    if not text_encoder.startswith("T5Gemma") or not (is_flux or vae == "AutoencoderTiny"):
+        raise UserError(
+            f"{source} has the text encoder {text_encoder} and the codec {vae}; only T5Gemma with "
+            "FLUX.1 latents (AutoencoderKL of 16 channels) or AutoencoderTiny is known here"
+        )
+    codec, scaling = "taef1", {}  # whose latents are those of FLUX.1
+    if vae == "AutoencoderTiny":
+        codec = str(fetch(source, "vae/*") / "vae")
+        scaling = read_json(f"{codec}/config.json")
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    side = (index.get("default_sample_size") or 512) // 8
+    is_distilled = "distilled" in str(source)
+    return {
+        "source": str(source),
+        "codec": codec,
+        "text": str(source),
+        "predict": "v",
+        "shift": scheduler["shift"],
+        "mask": True,
+        "latent_shape": [channels, side, side],
+        "mean": [scaling.get("shift_factor") or 0.0] * channels,
+        "std": [1 / (scaling.get("scaling_factor") or 1.0)] * channels,
+        "steps": 8 if is_distilled else 28,
+        "guidance": 1.0 if is_distilled else 5.0,
+        "examples": ["A front-facing portrait of a lion in the golden savanna at sunset"],
+    }
+
+
+def encode_prompts(prompts, info, compute):
+    """Embeddings of the empty caption and of prompts: a list of (L, D), on the CPU. The text
+    encoder, which may be larger than the model, is in memory only meanwhile."""
+    text_encoder = load_text_encoder(info["text"], compute, 512)
+    captions, embeddings = ["", *prompts], []
+    for first in range(0, len(captions), 16):
+        embeddings += text_encoder.encode(captions[first : first + 16])
+    for prompt in prompts:
+        count = len(text_encoder.tokenize(prompt))
+        if count > text_encoder.max_tokens:
+            print(f"only {text_encoder.max_tokens} of {count} tokens are read: {prompt[:60]}...")
+    return [embedding.cpu() for embedding in embeddings]
+
+
 class Pipeline:
-    """A model with all it takes to draw. info is what a run keeps in nanoprx.json."""
+    """A model with its codec, and its info, which a run keeps in nanoprx.json."""
 
     def __init__(self, model, info, compute):
         self.model, self.info, self.compute = model, info, compute
         self.codec = load_codec(info["codec"], compute)
-        self.text_encoder = load_text_encoder(info["text"], compute, 512)
 
-    def encode(self, captions):
-        """Text (B, T, D) and mask (B, T) on the device. Training fills all captions up with zeros
-        to one length. Where one is longer here, the mask hides what others get beyond it."""
-        embeddings = self.text_encoder.encode(captions)
-        lengths = torch.tensor([max(len(each), self.info["tokens"]) for each in embeddings])
+    def pad(self, embeddings):
+        """A list of (L, D) as text (B, T, D), filled up with zeros, and mask (B, T), on the device.
+        A model that was trained without a mask sees the zeros up to the length of training."""
+        least = 0 if self.info.get("mask") else self.info["tokens"]
+        lengths = torch.tensor([max(len(each), least) for each in embeddings])
         text = pad(embeddings, max(lengths))
         mask = torch.arange(text.shape[1]) < lengths[:, None]
         return text.to(self.compute.device), mask.to(self.compute.device)
 
     @torch.no_grad()
-    def draw(self, prompts, seeds, steps=20, guidance_scale=2.0):
-        """Pictures (B, H, W, 3) uint8. Each begins with noise of its own seed, and so is the same
-        whatever else is drawn."""
+    def draw(self, embeddings, seeds, steps=0, guidance_scale=0.0, height=0, width=0):
+        """Pictures (B, H, W, 3) uint8 for what `encode_prompts` gives. Each begins with noise of
+        its own seed, and so is the same whatever else is drawn. 0 is the model's own default."""
+        steps = steps or self.info.get("steps", 20)
+        guidance_scale = guidance_scale or self.info.get("guidance", 2.0)
+        shape = list(self.info["latent_shape"])
+        if height:
+            shape[1] = height // self.codec.factor
+        if width:
+            shape[2] = width // self.codec.factor
         device, pictures = self.compute.device, []
         statistics = torch.tensor([self.info["mean"], self.info["std"]], device=device)
         mean, std = statistics[:, :, None, None]
-        for first in range(0, len(prompts), 64):
-            generators = [torch.Generator().manual_seed(s) for s in seeds[first : first + 64]]
-            noise = [torch.randn(self.info["latent_shape"], generator=each) for each in generators]
-            text, mask = self.encode(["", *prompts[first : first + 64]])
-            how = (torch.stack(noise).to(device), self.info, steps, guidance_scale)
+        empty, *embeddings = embeddings
+        at_once = max(1, 2**16 // (shape[1] * shape[2]))  # 64 scenes, or 16 pictures of 512 px
+        for first in range(0, len(embeddings), at_once):
+            rows = slice(first, first + at_once)
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds[rows]]
+            noise = torch.stack([torch.randn(shape, generator=each) for each in generators])
+            text, mask = self.pad([empty, *embeddings[rows]])
             with self.compute.autocast():
-                images = self.codec.decode(generate(self.model, text, mask, *how) * std + mean)
+                latents = generate(
+                    self.model, text, mask, noise.to(device), self.info, steps, guidance_scale
+                )
+                images = self.codec.decode(latents * std + mean)
             images = ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte()
             pictures.append(images.permute(0, 2, 3, 1).cpu().numpy())
         return np.concatenate(pictures)
 
 
-def find_model(source):
-    """The folder with the weights of a run, a folder or a Hub repository. Raises UserError."""
-    folder = fetch(source, "*.json", "*.safetensors")
-    return folder / "ema" if (folder / "ema").is_dir() else folder
+def load_pipeline(folder, info, compute):
+    """The Pipeline of what `find_model` found. Raises UserError if weights are missing."""
+    return Pipeline(PRX.from_pretrained(folder).to(compute.device).eval(), info, compute)
 
 
 def grid(pictures, prompts, columns):
@@ -170,7 +243,7 @@ def check(picture, scene):
     return result
 
 
-def score(pipeline, count, steps=20, guidance_scale=2.0):
+def score(pipeline, count, steps=0, guidance_scale=0.0):
     """Shares of `count` pictures that are right: of held-out scenes told in full ("named", and its
     attributes), with the background left open, told as people may, and of pairs never trained."""
     shares = {}
@@ -183,7 +256,8 @@ def score(pipeline, count, steps=20, guidance_scale=2.0):
         if kind == "free":
             scenes = [prepare.leave_open(scene, rng) for scene in scenes]
         prompts = [caption(scene) for scene in scenes]
-        pictures = pipeline.draw(prompts, range(count), steps, guidance_scale)
+        embeddings = encode_prompts(prompts, pipeline.info, pipeline.compute)
+        pictures = pipeline.draw(embeddings, range(count), steps, guidance_scale)
         results = [check(*both) for both in zip(pictures, scenes, strict=True)]
         shares[kind] = np.mean([result.pop("all") for result in results])
         if kind == "named":
@@ -197,38 +271,48 @@ class Settings:
     """All settings of sample.py. Each field is a flag."""
 
     prompts: Annotated[list[str], "what to draw; none: some captions of the run"] = ()
-    run: Annotated[str, "folder of a run, or a Hub repository"] = "out/scenes"
+    run: Annotated[str, "a run, or Photoroom/prx-512-t2i and the like on the Hub"] = "out/scenes"
     out: Annotated[str, "one picture (.png, .jpg) of all, or a folder for files"] = "sample.png"
     n: Annotated[int, "pictures for each prompt"] = 1
-    steps: Annotated[int, "Euler steps"] = 20
-    guidance: Annotated[float, "guidance scale; 1 is none"] = 2.0
+    steps: Annotated[int, "Euler steps; 0: 20, an official PRX 28"] = 0
+    guidance: Annotated[float, "guidance scale, 1 is none; 0: 2, an official PRX 5"] = 0.0
+    height: Annotated[int, "of the pictures in pixels; 0: as in training"] = 0
+    width: Annotated[int, "of the pictures in pixels; 0: as in training"] = 0
     seed: Annotated[int, "of the first picture of each prompt; the next has seed + 1"] = 0
     score: Annotated[bool, "report the prompt accuracy on held-out scenes instead"] = False
     device: Annotated[Literal["auto", "cpu", "cuda", "mps"], "auto: the best there is"] = "auto"
 
     def __post_init__(self):
-        prepare.check_range(self, 1, math.inf, "n", "steps")
+        prepare.check_range(self, 1, math.inf, "n")
+        prepare.check_range(self, 0, math.inf, "steps", "guidance", "height", "width")
 
 
 def sample(settings):
     """Draw prompts with a trained model, or score it. Raises UserError where the run is none."""
-    compute, folder = pick_device(settings.device), find_model(settings.run)
-    info, how = read_json(folder / "nanoprx.json"), (settings.steps, settings.guidance)
-    model = PRX.from_pretrained(folder).to(compute.device).eval()
-    pipeline = Pipeline(model, info, compute)
+    compute = pick_device(settings.device)
+    if compute.device.type == "cpu":  # float32 draws the same on each CPU, and nearly as fast
+        compute = pick_device("cpu", "fp32")
+    folder, info = find_model(settings.run)
+    how = settings.steps, settings.guidance
     if settings.score:
         if info["source"] != "scenes":
             raise UserError(f"{settings.run} was not trained on scenes, which --score is for")
+        pipeline = load_pipeline(folder, info, compute)
         for name, share in score(pipeline, 512, *how).items():
             print(f"{name:12}{share:7.1%}")
         return
-    words = {word for text in settings.prompts for word in pipeline.text_encoder.tokenize(text)}
+    words = {word for text in settings.prompts for word in Words(512).tokenize(text)}
     strange = sorted(words - set(info.get("vocabulary", words)))
     if strange:
         print(f"never seen in training: {', '.join(strange)}")
     prompts = [text for text in settings.prompts or info["examples"] for _ in range(settings.n)]
     seeds = [settings.seed + number % settings.n for number in range(len(prompts))]
-    pictures = pipeline.draw(prompts, seeds, *how)
+    embeddings = encode_prompts(prompts, info, compute)
+    pipeline = load_pipeline(folder, info, compute)
+    side = pipeline.codec.factor * pipeline.model.config.patch_size
+    if settings.height % side or settings.width % side:
+        raise UserError(f"--height and --width have to be multiples of {side} for {settings.run}")
+    pictures = pipeline.draw(embeddings, seeds, *how, settings.height, settings.width)
     out = Path(settings.out)
     if out.suffix.lower() in (".png", ".jpg", ".jpeg"):
         columns = settings.n if 1 < settings.n < 9 else min(len(prompts), 6)

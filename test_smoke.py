@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import types
 import zlib
 from pathlib import Path
 from typing import Annotated
@@ -22,9 +24,11 @@ from typing import Annotated
 import diffusers
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import torch.nn.functional as F
 import transformers
+from diffusers.pipelines.prx import T5GemmaEncoder
 from PIL import Image, ImageCms
 
 import model
@@ -226,7 +230,7 @@ def test_float16_overflow_leaves_a_step_out(scenes):
     before = {name: weight.clone() for name, weight in run.model.state_dict().items()}
     batch = {"x": torch.randn(4, 3, 32, 32), "noise": torch.randn(4, 3, 32, 32)}
     batch |= {"t": torch.full((4,), 0.5), "text": torch.randn(4, 9, 96)}
-    _, norm = train.train_step(run.model, run, batch, half)
+    *_, norm = train.train_step(run.model, run, batch, half)
     assert not norm.isfinite()
     assert run.scaler.get_scale() < 2.0**40
     for name, weight in run.model.state_dict().items():
@@ -237,13 +241,13 @@ def test_loss_is_the_formula_with_routing_and_repa():
     network = model.PRX(random_prx(in_channels=3, patch_size=8).config, repa_dim=48)
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    settings = train.Settings(predict="x", t_floor=0.3, route=0.5, repa=0.7)
+    info = {"predict": "x", "mask": False}
     x, noise, t = torch.randn(2, 3, 32, 32), torch.randn(2, 3, 32, 32), torch.tensor([0.2, 0.8])
     keep = torch.stack([torch.randperm(16)[:8], torch.randperm(16)[:8]])
     batch = {"x": x, "noise": noise, "t": t, "text": torch.randn(2, 4, 24), "keep": keep}
     batch["features"] = torch.randn(2, 16, 48)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
-        loss, mse = train.compute_loss(network, batch, settings, repa_weight=0.7)
+        mse, repa = train.compute_loss(network, batch, info, t_floor=0.3)
     x_t = 0.2 * noise + 0.8 * x
     x_t[1] = 0.8 * noise[1] + 0.2 * x[1]
     output, tokens = network(x_t, t, batch["text"], keep=keep)
@@ -251,8 +255,7 @@ def test_loss_is_the_formula_with_routing_and_repa():
     expected = (weight * (output - x) ** 2).mean()
     wanted = batch["features"][torch.arange(2)[:, None], keep]
     torch.testing.assert_close(mse, expected)
-    alike = F.cosine_similarity(tokens, wanted, dim=2).mean()
-    torch.testing.assert_close(loss, expected - 0.7 * alike)
+    torch.testing.assert_close(repa, 1 - F.cosine_similarity(tokens, wanted, dim=2).mean())
 
 
 def test_muon_is_orthogonalized_momentum():
@@ -361,6 +364,237 @@ def test_words_know_order_and_scripts():
     assert words.tokenize("The café") == words.tokenize("cafe\u0301")
     assert words.tokenize("一只猫") == ["一", "只", "猫"]
     assert words.tokenize("हिन्दी") != words.tokenize("हन्द")
+
+
+# ------------------------------------------------------------------------------- the official PRX
+PROMPTS = [
+    "A Red Fox, jumping (quickly) over a “lazy” dog!",
+    "Ein grüner Käfer läuft; 50% off & salt &amp; pepper -- nice...",
+    "a smiling face 🙂 in a hand-made, blue-green, well-worn, old-fashioned t-shirt,jeans",
+    "the city of light " * 100,
+    "",
+]
+
+
+def train_gemma_tokenizer():
+    """A small byte-pair tokenizer that is built like Gemma's, for transformers."""
+    bpe = tokenizers.models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>")
+    tokenizer = tokenizers.Tokenizer(bpe)
+    tokenizer.normalizer = tokenizers.normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(" ", "merged_with_previous")
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=900, special_tokens=special)
+    words = (HERE / "README.md").read_text("utf-8").lower().split()
+    tokenizer.train_from_iterator((f"▁{word}" for word in words), trainer)
+    template = {"single": "<bos> $A", "special_tokens": [("<bos>", 2)]}
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(**template)
+    names = {"bos_token": "<bos>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, model_max_length=256, **names
+    )
+
+
+@pytest.fixture(scope="session")
+def official(tmp_path_factory):
+    """A small random PRXPipeline of diffusers', and its folder."""
+    folder = tmp_path_factory.mktemp("official") / "pipe"
+    tokenizer = train_gemma_tokenizer()
+    sizes = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 48,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "query_pre_attn_scalar": 16,
+    }
+    config = transformers.T5GemmaConfig(encoder=sizes, decoder=sizes)
+    text_encoder = T5GemmaEncoder(config.encoder).eval().requires_grad_(False)
+    for parameter in text_encoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)  # such that the softcap is felt
+    transformer = random_prx(in_channels=16, context_in_dim=48)
+    for parameter in transformer.parameters():
+        parameter.data *= 3  # such that prompts make a difference
+    transformer.save_pretrained("transformer")
+    vae = diffusers.AutoencoderTiny(latent_channels=16)
+    for parameter in vae.parameters():
+        parameter.data *= 1.7
+    pipeline = diffusers.PRXPipeline(
+        diffusers.PRXTransformer2DModel.from_pretrained("transformer", low_cpu_mem_usage=False),
+        diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        text_encoder,
+        tokenizer,
+        vae,
+        default_sample_size=64,
+    )
+    pipeline.save_pretrained(folder)
+    config.save_pretrained(folder / "text_encoder")  # the official one is for both halves
+    return pipeline, folder
+
+
+def draw_with_diffusers(pipeline, prompt, guidance, height, width):
+    """A picture of diffusers' with seed 3 and five steps, as an array."""
+    pictures = pipeline(
+        prompt,
+        height=height,
+        width=width,
+        num_inference_steps=5,
+        guidance_scale=guidance,
+        generator=torch.Generator().manual_seed(3),
+        use_resolution_binning=False,
+    )
+    return np.asarray(pictures.images[0]).astype(float)
+
+
+@pytest.mark.parametrize(("guidance", "height", "width"), [(5, 64, 64), (1, 64, 64), (5, 96, 48)])
+def test_an_official_pipeline_draws_as_in_diffusers(official, guidance, height, width):
+    pipeline, folder = official
+    how = {"run": folder, "seed": 3, "steps": 5, "guidance": guidance, "out": "o/"}
+    output = run("sample.py", *PROMPTS, *flags(how | {"height": height, "width": width}))
+    assert "only 256 of" in output
+    drawn = [np.asarray(Image.open(path)) for path in sorted(Path("o").iterdir())]
+    for picture, prompt in zip(drawn, PROMPTS, strict=True):
+        wanted = draw_with_diffusers(pipeline, prompt, guidance, height, width)
+        assert abs(picture - wanted).max() <= 2, prompt
+    assert abs(drawn[0] - drawn[1] / 1.0).max() > 20
+
+
+@pytest.mark.parametrize("is_composite", [True, False])
+def test_t5gemma_agrees_with_transformers(official, is_composite):
+    pipeline, folder = official
+    shutil.copytree(folder, "pipe")
+    if not is_composite:
+        pipeline.text_encoder.config.save_pretrained("pipe/text_encoder")
+    ours = model.load_text_encoder("pipe", CPU, 512)
+    ids, mask = pipeline._tokenize_prompts(PROMPTS, "cpu")
+    theirs = pipeline.text_encoder(input_ids=ids, attention_mask=mask).last_hidden_state[mask]
+    embeddings = torch.cat(ours.encode(PROMPTS))
+    torch.testing.assert_close(embeddings, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_gemma_texts_are_cut_into_the_pieces_of_tokenizers(official, monkeypatch):
+    pipeline, folder = official
+    ours = model.load_text_encoder(folder, CPU, 512)
+    monkeypatch.setattr(model, "clean_prompt", str)
+    texts = ["", " ", "  two  spaces ", "<bos>a<unk>b", "\n\t", "👩\u200d👧 é 中文"]
+    pieces = sorted(pipeline.tokenizer.get_vocab())
+    for _ in range(2000):
+        texts.append("".join(random.choices(pieces, k=30)).replace("▁", " "))
+    assert [ours.tokenize(text) for text in texts] == pipeline.tokenizer(texts).input_ids
+
+
+def test_prompts_are_cleaned_as_in_diffusers(official):
+    clean = official[0].text_preprocessor.clean_text
+    words = (HERE / "README.md").read_text("utf-8").split()
+    texts = [" ".join(words[first : first + 9]) for first in range(0, len(words), 9)]
+    plain = [text for text in texts if not re.search("`|http|download", text)]
+    assert len(plain) > 50
+    for text in [*PROMPTS, *plain, "see http://a.com/b.png, @me #12 1234567", "'quoted'", "中文 x"]:
+        assert model.clean_prompt(text) == clean(text)
+
+
+@pytest.mark.parametrize(
+    ("part", "kind"),
+    [("vae", "AutoencoderDC"), ("text_encoder", "Qwen3VLModel"), ("vae", None)],
+)
+def test_other_pipelines_are_refused_before_a_download(official, part, kind):
+    shutil.copytree(official[1], "pipe", ignore=shutil.ignore_patterns("*.safetensors"))
+    index = model.read_json("pipe/model_index.json")
+    model.write_json("pipe/model_index.json", index | {part: ["diffusers", kind]})
+    assert f"{kind}" in run("sample.py", "a", "--run", "pipe", fails=True)
+
+
+def test_a_download_is_announced_with_its_size(monkeypatch, capsys):
+    def snapshot_download(source, allow_patterns, dry_run=False):
+        files = [types.SimpleNamespace(file_size=5e8, will_download=cached) for cached in (0, 1)]
+        return files if dry_run else "folder"
+
+    monkeypatch.setattr(model.huggingface_hub, "snapshot_download", snapshot_download)
+    assert model.fetch("user/name", "*.json") == Path("folder")
+    assert "user/name: downloading 0.50 GB" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="session")
+def captioned(official):
+    """A cache of 40 scenes as pictures, for the official pipeline."""
+    folder = official[1].parent
+    (folder / "photos").mkdir()
+    for number in range(40):
+        _, text, picture, _ = prepare.draw_scene(number, 64)
+        Image.fromarray(picture).save(folder / f"photos/{number}.png")
+        (folder / f"photos/{number}.txt").write_text(text)
+    how = {"source": str(folder / "photos"), "out": str(folder / "data"), "size": 64}
+    how |= {"codec": str(folder / "pipe/vae"), "text": str(folder / "pipe")}
+    prepare.prepare(prepare.Settings(**how))
+    return folder / "data"
+
+
+def test_fine_tuning_an_official_prx_goes_on_to_the_bit(official, captioned):
+    pipeline, folder = official
+    how = {"data": captioned, "init": folder, "steps": 20, "save_every": 4, "batch_size": 8}
+    how |= {"lr": 2e-3, "muon_lr": 2e-3, "checkpoint_blocks": "", "held_out": 0.2}
+    arguments = [word for word in flags(how) if word]
+    cut = start("train.py", *arguments, "--out", "cut")
+    wait_for(Path("cut/ckpt.pt"), cut)
+    kill_all(cut)
+    run("train.py", *arguments, "--out", "cut")
+    run("train.py", *arguments, "--out", "whole")
+    torch.testing.assert_close(weights_of("cut"), weights_of("whole"), rtol=0, atol=0)
+    how = {"run": "whole", "seed": 3, "steps": 5, "guidance": 5, "out": "o/"}
+    run("sample.py", "A Red Ring", *flags(how))
+    drawn = np.asarray(Image.open("o/0000.png")) / 1.0
+    before = draw_with_diffusers(pipeline, "A Red Ring", 5, 64, 64)
+    tuned = diffusers.PRXTransformer2DModel.from_pretrained("whole/ema", low_cpu_mem_usage=False)
+    parts = pipeline.components | {"transformer": tuned}
+    after = draw_with_diffusers(diffusers.PRXPipeline(**parts), "A Red Ring", 5, 64, 64)
+    assert abs(drawn - after).max() <= 2
+    assert abs(before - after).max() > 2
+
+
+def test_fine_tuning_keeps_what_the_weights_were_trained_with(official, captioned):
+    settings = train.Settings(data=str(captioned), init=str(official[1]), caption_dropout=1.0)
+    cache = train.Cache(captioned, with_teacher=False)
+    started = train.Run(settings, cache.meta, CPU)
+    kept = {name: started.info[name] for name in ("predict", "shift", "mask", "mean", "std")}
+    wanted = {"predict": "v", "shift": 3.0, "mask": True, "mean": [0.0] * 16, "std": [1.0] * 16}
+    assert kept == wanted
+    assert started.model.config.theta == 10000
+    masks = []
+    started.model.register_forward_hook(lambda module, inputs, output: masks.append(inputs[3]))
+    null_text = torch.nn.functional.pad(torch.ones(1, 1, 48), (0, 0, 0, 30))
+    examples = [torch.randn(128, 16, 8, 8), torch.ones(128, 31, 48)]
+    batch = train.make_batch(examples, null_text, started, 0, 1)
+    train.compute_loss(started.model, batch, started.info, 0.3)
+    assert masks[0].sum(1).tolist() == [1] * 128  # of the empty caption
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"text_dim": 96, "text": "words"}, "prepare with --text"),
+        ({"latent_shape": [4, 8, 8]}, "prepare with --codec"),
+        ({"latent_shape": [16, 9, 9]}, "no multiple of 2"),
+    ],
+)
+def test_a_cache_that_does_not_fit_the_first_weights_is_refused(
+    official, captioned, changes, sentence
+):
+    settings = train.Settings(data=str(captioned), init=str(official[1]))
+    meta = model.read_json(captioned / "meta.json") | changes
+    with pytest.raises(model.UserError, match=sentence):
+        train.start_from(settings, meta)
+
+
+def test_checkpointed_blocks_have_the_same_gradients():
+    gradients = []
+    network = random_prx(in_channels=3, patch_size=8)
+    x, t, text = torch.randn(2, 3, 32, 32), torch.rand(2), torch.randn(2, 5, 24)
+    for network.checkpoint_blocks in (False, True):
+        network.zero_grad()
+        network(x, t, text).square().sum().backward()
+        gradients.append([parameter.grad.clone() for parameter in network.parameters()])
+    torch.testing.assert_close(*gradients)
 
 
 # ------------------------------------------------------------------------------ scenes and judging
@@ -691,7 +925,7 @@ def test_preparing_goes_on_after_a_kill():
     assert not list(Path("data").rglob("*.partial"))
 
 
-@pytest.mark.parametrize("name", ["meta.json", "latents.npy", "text.npy", "offsets.npy"])
+@pytest.mark.parametrize("name", ["meta.json", "latents.npy", "offsets.npy", "digest.npy"])
 def test_a_broken_cache_is_refused(scenes, name):
     shutil.copytree(scenes, "cache")
     path = next(Path("cache").rglob(name))
@@ -815,7 +1049,7 @@ def test_a_second_stage_begins_with_the_weights_of_the_first(trained, scenes):
     run("train.py", *flags(how | {"out": "second", "batch_size": 4}))
     torch.testing.assert_close(weights_of("second"), weights_of(trained))
     output = run("train.py", *flags(how | {"out": "third", "width": 64}), fails=True)
-    assert "do not fit" in output
+    assert "does not fit" in output
 
 
 @needs_hub_files
@@ -861,8 +1095,9 @@ def test_longer_prompts_than_in_training_are_not_cut(trained):
     pipeline = make_pipeline(trained, network)
     prompt = "a red circle left of a blue square on a white background "
     prompts = [prompt, prompt * 2 + "red", prompt * 2 + "blue"]
-    together = pipeline.draw(prompts, [0, 0, 0], 2).astype(float)
-    alone = np.concatenate([pipeline.draw([text], [0], 2) for text in prompts])
+    embeddings = sample.encode_prompts(prompts, pipeline.info, CPU)
+    together = pipeline.draw(embeddings, [0, 0, 0], 2).astype(float)
+    alone = [pipeline.draw([embeddings[0], each], [0], 2)[0] for each in embeddings[1:]]
     assert abs(together - alone).max() <= 2
     assert abs(together[1] - together[2]).max() > 2
 
@@ -902,3 +1137,49 @@ def test_score_reports_every_kind_and_attribute(trained):
     shares = sample.score(make_pipeline(trained, network), 2, steps=1)
     kinds = {"named", "open", "free", "composition"}
     assert shares.keys() == kinds | {"colour", "shape", "place", "background", "count"}
+
+
+# -------------------------------------------------------------------------------------- held out
+def test_held_out_pictures_are_chosen_by_content_and_never_trained_on(scenes):
+    cache = train.Cache(scenes, with_teacher=False)
+    cache.shards[0]["digest"] = np.arange(600, dtype=np.uint32) % 300 * 14_316_557  # evenly
+    trained, held_out = cache.split(0.02)
+    digests = cache.shards[0]["digest"]
+    assert len(held_out) == 14  # seven digests of 300, each twice
+    assert not set(digests[trained]) & set(digests[held_out])
+    settings = train.Settings(batch_size=100, steps=30)
+    seen = {number for batch in train.batches(trained, settings, 0, 0, 1) for number in batch}
+    assert seen == set(trained)
+    assert len(cache.split(0)[1]) == 0
+    assert len(cache.split(0.001)[1]) == 0  # too few to tell anything
+
+
+def test_the_digest_is_of_the_picture(capsys):
+    Path("photos").mkdir()
+    for name, colour in (("a", 0), ("b", 255), ("c", 0)):
+        Path(f"photos/{name}.png").write_bytes(encode_picture("L", colour=colour))
+        Path(f"photos/{name}.txt").write_text(name)
+    prepare_folder("photos", capsys)
+    first, second, third = np.load("cache/shard-00000/digest.npy")
+    assert first == third != second
+
+
+def test_validation_is_by_band_and_only_of_the_weights(scenes):
+    cache = train.Cache(scenes, with_teacher=False)
+    started = train.Run(train.Settings(**TINY, data=str(scenes), predict="v"), cache.meta, CPU)
+    _, held_out = cache.split(0.2)
+    errors = train.validate(started, cache, held_out, CPU)
+    assert errors == train.validate(started, cache, held_out, CPU)
+    # The first output is 0, so that the error is the mean square of noise - x, 2 if x is normalized
+    for error in errors.values():
+        assert abs(error - 2) < 0.2
+
+
+def test_prompts_of_the_grids_come_from_a_file_or_are_held_out(trained, scenes):
+    cache = train.Cache(scenes, with_teacher=False)
+    held_out = set(cache.captions(cache.split(0.02)[1]))
+    examples = model.read_json(trained / "ema/nanoprx.json")["examples"]
+    assert set(examples) <= held_out
+    Path("prompts.txt").write_text("a dog\n\n a cat \n")
+    settings = train.Settings(prompts="prompts.txt")
+    assert train.read_prompts(settings, cache, []) == ["a dog", "a cat"]

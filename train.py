@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import prepare
@@ -33,7 +34,7 @@ from model import (
     PRX,
     PRXConfig,
     UserError,
-    load_weights,
+    pad,
     pick_device,
     read_json,
     sample_timesteps,
@@ -41,7 +42,7 @@ from model import (
     whole_file,
     write_json,
 )
-from sample import Pipeline, find_model, grid, score
+from sample import Pipeline, encode_prompts, find_model, grid, score
 
 
 @dataclasses.dataclass
@@ -50,10 +51,13 @@ class Settings:
 
     data: Annotated[str, "a cache that prepare.py wrote"] = "data/scenes"
     out: Annotated[str, "folder of the run; '': out/ and the cache's name"] = ""
-    init: Annotated[str, "a run or model of the same sizes to begin with, as a second stage"] = ""
+    init: Annotated[str, "a run or an official PRX to begin with; its sizes, predict, shift"] = ""
     steps: Annotated[int, "optimizer steps; with more a finished run goes on"] = 1200
     batch_size: Annotated[int, "pictures in a step, over all processes"] = 128
     micro_batch: Annotated[int, "pictures a process takes at once, to save memory; 0: all"] = 0
+    checkpoint_blocks: Annotated[bool, "compute blocks twice, to save memory"] = False
+    held_out: Annotated[float, "share of the cache for validation, at most 1,024 pictures"] = 0.02
+    prompts: Annotated[str, "file with the prompts of sample grids; '': held-out captions"] = ""
     seed: Annotated[int, "of the weights, the order, the noise and the timesteps"] = 0
     save_every: Annotated[int, "steps from checkpoint to checkpoint"] = 500
     sample_every: Annotated[int, "steps from sample grid to sample grid"] = 200
@@ -91,7 +95,8 @@ class Settings:
         prepare.check_range(
             self, 0, math.inf, "bottleneck", "repa", "lr", "muon_lr", "clip", "warmup"
         )
-        prepare.check_range(self, 0, 1, "repa_until", "route", "caption_dropout", "ema")
+        names = ("repa_until", "route", "caption_dropout", "ema", "held_out")
+        prepare.check_range(self, 0, 1, *names)
 
 
 # --------------------------------------------------------------------------------------- the data
@@ -99,18 +104,35 @@ class Cache:
     """What prepare.py wrote, mapped into memory. Raises UserError where it is none, or broken."""
 
     def __init__(self, folder, with_teacher):
-        self.meta = read_json(Path(folder) / "meta.json")
-        names = ["latents", "text", "offsets"] + (["teacher"] if with_teacher else [])
+        self.folder = Path(folder)
+        self.meta = read_json(self.folder / "meta.json")
+        names = ["latents", "text", "offsets", "digest"] + (["teacher"] if with_teacher else [])
         self.shards, self.starts = [], [0]
         try:
             for name, count in self.meta["shards"].items():
-                shard = {each: np.load(Path(folder, name, f"{each}.npy"), "r") for each in names}
+                shard = {each: np.load(self.folder / name / f"{each}.npy", "r") for each in names}
                 if len(shard["latents"]) != count or len(shard["text"]) != shard["offsets"][-1]:
                     raise ValueError(f"the files of {name} do not fit each other")
                 self.shards.append(shard)
                 self.starts.append(self.starts[-1] + count)
         except (KeyError, OSError, ValueError) as error:
             raise UserError(f"{folder} is no whole cache, prepare it anew: {error}") from error
+
+    def split(self, share):
+        """Numbers of the examples to train on, and of those held out: a share, at most about 1,024,
+        by the content of the pictures, so that equal ones stand on one side. Fewer than four are
+        no measure: then none is held out."""
+        digests = np.concatenate([shard["digest"] for shard in self.shards])  # (N,) uint32
+        is_held_out = digests < min(share, 1024 / len(digests)) * 2**32
+        if not 4 <= is_held_out.sum() < len(digests):
+            is_held_out[:] = False
+        return np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
+
+    def captions(self, numbers):
+        """The captions of some examples."""
+        folders = [self.folder / name for name in self.meta["shards"]]
+        captions = [text for folder in folders for text in prepare.read_captions(folder)]
+        return [captions[number] for number in numbers]
 
     def load(self, numbers):
         """Examples as [latents (B, C, H, W) as stored, text (B, tokens, D) padded with zeros] and,
@@ -140,18 +162,18 @@ class Cache:
                 yield ahead.result()
 
 
-def batches(count, settings, first_step, rank, world_size):
-    """For each step the places in the cache of this process's pictures, from seed and step alone,
-    so that a resumed run goes on in order. A batch may reach into the next epoch."""
+def batches(numbers, settings, first_step, rank, world_size):
+    """For each step those of the cache's numbers that this process trains on, from seed and step
+    alone, so that a resumed run goes on in order. A batch may reach into the next epoch."""
     epoch, order = None, None
     for step in range(first_step, settings.steps):
-        numbers = []
+        batch = []
         for n in range(step * settings.batch_size, (step + 1) * settings.batch_size):
-            if n // count != epoch:
-                epoch = n // count
-                order = np.random.default_rng((settings.seed, epoch)).permutation(count)
-            numbers.append(order[n % count])
-        yield numbers[rank::world_size]
+            if n // len(numbers) != epoch:
+                epoch = n // len(numbers)
+                order = np.random.default_rng((settings.seed, epoch)).permutation(numbers)
+            batch.append(order[n % len(numbers)])
+        yield batch[rank::world_size]
 
 
 # ------------------------------------------------------------------------ the model and optimizers
@@ -181,6 +203,36 @@ def make_model(settings, meta):
     return PRX(config, meta["teacher_dim"] if settings.repa else None)
 
 
+def start_from(settings, meta):
+    """The network of --init with its weights, and the info to draw with it: how it was trained, and
+    on which statistics, must not change. Raises UserError where the cache does not fit it."""
+    folder, info = find_model(settings.init)
+    source = PRX.from_pretrained(folder)
+    config, data = source.config, settings.data
+    for name, size in (("patch_size", "patch_size"), ("width", "hidden_size"), ("depth", "depth")):
+        if getattr(settings, name) not in (0, getattr(config, size)):
+            given = f"--{name.replace('_', '-')} {getattr(settings, name)}"
+            raise UserError(f"{given} does not fit {settings.init}: it has {getattr(config, size)}")
+    if meta["text_dim"] != config.context_in_dim:
+        raise UserError(
+            f"{data} has text embeddings of width {meta['text_dim']} ({meta['text']}), and "
+            f"{settings.init} takes {config.context_in_dim}: prepare with --text {info['text']}"
+        )
+    codecs = {meta["codec"], info["codec"]}
+    is_other = len(codecs) == 2 and not any("/" in name for name in codecs)  # folders may be copies
+    if is_other or meta["latent_shape"][0] != config.in_channels:
+        raise UserError(
+            f"{data} has latents of {meta['codec']}, and {settings.init} takes those of "
+            f"{info['codec']}: prepare with --codec {info['codec']}"
+        )
+    if meta["latent_shape"][1] % config.patch_size:
+        raise UserError(f"{data}: the side of the latents is no multiple of {config.patch_size}")
+    model = PRX(config, meta["teacher_dim"] if settings.repa else None)
+    model.load_state_dict(source.state_dict(), strict=False)  # which has no projector
+    kept = ("predict", "shift", "mask", "mean", "std", "steps", "guidance")
+    return model, meta | {key: info[key] for key in kept if key in info}
+
+
 class Muon(torch.optim.Optimizer):
     """Momentum whose matrices are made orthogonal (kellerjordan.github.io/posts/muon), so that all
     directions learn alike. Updates are as large as AdamW's (arXiv 2502.16982)."""
@@ -197,13 +249,16 @@ class Muon(torch.optim.Optimizer):
             average = self.state[p].setdefault("momentum", torch.zeros_like(p))
             average.lerp_(p.grad, 1 - group["momentum"])
             by_shape.setdefault(p.shape, []).append(p)
-        for shape, parameters in by_shape.items():
+        chunks = []  # of at most 16, as the work below takes several times their memory
+        for parameters in by_shape.values():
+            chunks += [parameters[first : first + 16] for first in range(0, len(parameters), 16)]
+        for parameters in chunks:
             averages = torch.stack([self.state[p]["momentum"] for p in parameters])
             gradients = torch.stack([p.grad for p in parameters])
             updates = gradients.lerp(averages, group["momentum"])  # Nesterov's look ahead
             updates = orthogonalize(updates.to(self.dtype)).float()
             for p, update in zip(parameters, updates, strict=True):
-                p.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(shape)))
+                p.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(p.shape)))
 
 
 def orthogonalize(x):
@@ -244,6 +299,20 @@ def make_optimizers(model, settings, compute):
 
 
 # --------------------------------------------------------------------------------- a training step
+def count_kept(tokens, settings):
+    """How many of a picture's tokens go through all blocks (TREAD)."""
+    return max(1, round(tokens * (1 - settings.route)))
+
+
+def normalize(latents, info):
+    """Latents (B, C, H, W) as they are stored, brought to mean 0 and deviation 1 a channel."""
+    if latents.dtype == torch.uint8:
+        latents = latents / 127.5 - 1
+    statistics = torch.tensor([info["mean"], info["std"]], device=latents.device)
+    mean, std = statistics[:, :, None, None]
+    return (latents.float() - mean) / std
+
+
 def make_batch(examples, null_text, run, rank, world_size):
     """Examples with noise and timesteps, as a dict: x, noise (B, C, H, W), t (B,), text (B, T, D),
     and, if asked for, keep (B, S) and features (B, L, D).
@@ -256,44 +325,41 @@ def make_batch(examples, null_text, run, rank, world_size):
     count = settings.batch_size
     dice = torch.Generator(device).manual_seed(settings.seed * 2**32 + run.step)
     noise = torch.randn(count, *latents.shape[1:], generator=dice, device=device)[mine]
-    t = sample_timesteps(count, settings.shift, dice)[mine]
+    t = sample_timesteps(count, run.info["shift"], dice)[mine]
     dropped = torch.rand(count, generator=dice, device=device)[mine] < settings.caption_dropout
     text = torch.where(dropped[:, None, None], null_text, text)
-    if latents.dtype == torch.uint8:
-        latents = latents / 127.5 - 1
-    mean, std = torch.tensor([run.info["mean"], run.info["std"]], device=device)[:, :, None, None]
-    batch = {"x": (latents.float() - mean) / std, "noise": noise, "t": t, "text": text}
+    batch = {"x": normalize(latents, run.info), "noise": noise, "t": t, "text": text}
     rows, columns = (side // run.model.config.patch_size for side in latents.shape[2:])
     if settings.route > 0:
         chances = torch.rand(count, rows * columns, generator=dice, device=device)[mine]
-        kept = max(1, round(rows * columns * (1 - settings.route)))
-        batch["keep"] = chances.argsort(1)[:, :kept]  # (B, S)
+        batch["keep"] = chances.argsort(1)[:, : count_kept(rows * columns, settings)]  # (B, S)
     if features:
         grid_of_tokens = F.adaptive_avg_pool2d(features[0].float(), (rows, columns))
         batch["features"] = grid_of_tokens.flatten(2).mT  # (B, L, D)
     return batch
 
 
-def compute_loss(model, batch, settings, repa_weight):
-    """The loss, and the mean squared error of velocities in it (the rest is REPA's)."""
-    x, noise, t, keep = batch["x"], batch["noise"], batch["t"], batch.get("keep")
+def compute_loss(model, batch, info, t_floor):
+    """The two parts of the loss: the mean squared error of velocities, and REPA's, which is the
+    mean cosine distance of projected tokens and a teacher's features, or 0 without those."""
+    x, noise, t, text, keep = (batch.get(name) for name in ("x", "noise", "t", "text", "keep"))
     x_t = torch.lerp(x, noise, t[:, None, None, None])  # (1 - t) x + t noise
-    output = model(x_t, t, batch["text"], keep=keep)
+    mask = (text != 0).any(dim=2) if info["mask"] else None  # rows of zeros are padding
+    output = model(x_t, t, text, mask, keep)
+    repa = torch.zeros((), device=x.device)
     if "features" in batch:
         output, tokens = output  # tokens (B, L or S, D)
-    truth = x if settings.predict == "x" else noise - x
-    how = (x_t, t, settings.predict, settings.t_floor)  # which damps both alike near t = 0
-    mse = F.mse_loss(velocity(output.float(), *how), velocity(truth, *how))
-    if "features" not in batch:
-        return mse, mse
-    wanted = batch["features"]
-    if keep is not None:
-        wanted = wanted.take_along_dim(keep[:, :, None], dim=1)
-    return mse - repa_weight * F.cosine_similarity(tokens.float(), wanted, dim=2).mean(), mse
+        wanted = batch["features"]
+        if keep is not None:
+            wanted = wanted.take_along_dim(keep[:, :, None], dim=1)
+        repa = 1 - F.cosine_similarity(tokens.float(), wanted, dim=2).mean()
+    truth = x if info["predict"] == "x" else noise - x
+    how = (x_t, t, info["predict"], t_floor)  # which damps both alike near t = 0
+    return F.mse_loss(velocity(output.float(), *how), velocity(truth, *how)), repa
 
 
 def train_step(model, run, batch, compute):
-    """One step of all optimizers. Returns (2,): mean squared error, norm of the gradients."""
+    """One step of all optimizers. Returns (3,): error of velocities, REPA's, norm of gradients."""
     settings, count = run.settings, len(batch["x"])
     # At its end REPA's weight becomes 0, as DDP wants gradients for all parameters.
     repa_weight = settings.repa if run.step < settings.repa_until * settings.steps else 0.0
@@ -302,10 +368,10 @@ def train_step(model, run, batch, compute):
         part = {name: each[first : first + micro] for name, each in batch.items()}
         model.require_backward_grad_sync = first + micro >= count  # of DDP: with the last part
         with compute.autocast():
-            loss, mse = compute_loss(model, part, settings, repa_weight)
+            mse, repa = compute_loss(model, part, run.info, settings.t_floor)
         share = len(part["x"]) / count
-        run.scaler.scale(loss * share).backward()
-        total += mse.detach() * share
+        run.scaler.scale((mse + repa_weight * repa) * share).backward()
+        total += torch.stack((mse, repa)).detach() * share
     for optimizer in run.optimizers:
         run.scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
@@ -323,7 +389,33 @@ def train_step(model, run, batch, compute):
         pair = list(run.ema.parameters()), list(run.model.parameters())
         torch._foreach_lerp_(*pair, 1 - settings.ema)
     run.step += 1
-    return torch.stack((total, norm))
+    return torch.cat((total, norm[None]))
+
+
+# Bands of timesteps, as PRX reports them, by their column in log.csv.
+BANDS = {"held_out_low": (0.0, 0.3), "held_out_middle": (0.3, 0.6), "held_out_high": (0.6, 1.0)}
+
+
+@torch.no_grad()
+def validate(run, cache, numbers, compute):
+    """Errors of velocities of held-out examples by the averaged weights, by band of timesteps; None
+    if nothing is held out. Noise and timesteps are fixed: only the weights make a difference."""
+    if len(numbers) == 0:
+        return dict.fromkeys(BANDS)
+    errors = dict.fromkeys(BANDS, 0.0)
+    for first in range(0, len(numbers), 64):
+        examples = cache.load(numbers[first : first + 64])[:2]
+        latents, text = (example.to(compute.device) for example in examples)
+        batch = {"x": normalize(latents, run.info), "text": text}
+        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(first))
+        batch["noise"] = noise.to(compute.device)
+        places = (torch.arange(len(text), device=compute.device) + 0.5) / len(text)
+        for band, (low, high) in BANDS.items():
+            batch["t"] = low + (high - low) * places
+            with compute.autocast():
+                mse, _ = compute_loss(run.ema, batch, run.info, run.settings.t_floor)
+            errors[band] += mse.item() * len(text) / len(numbers)
+    return errors
 
 
 # ---------------------------------------------------------------------------------------- the run
@@ -332,15 +424,14 @@ class Run:
 
     def __init__(self, settings, meta, compute):
         self.settings, self.device, self.step, self.seconds = settings, compute.device, 0, 0.0
-        self.info = {"predict": settings.predict, "shift": settings.shift, **meta}  # for sampling
         torch.manual_seed(settings.seed)
-        self.model = make_model(settings, meta)
         if settings.init:
-            weights = PRX.from_pretrained(find_model(settings.init)).state_dict()
-            for name, weight in self.model.state_dict().items():
-                if name.startswith("projector."):  # which is never saved
-                    weights[name] = weight
-            load_weights(self.model, weights, settings.init)
+            self.model, self.info = start_from(settings, meta)
+        else:
+            self.model = make_model(settings, meta)
+            how = {"predict": settings.predict, "shift": settings.shift, "mask": False}
+            self.info = meta | how  # all it takes to draw
+        self.model.checkpoint_blocks = settings.checkpoint_blocks
         self.model.to(self.device)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.optimizers = make_optimizers(self.model, settings, compute)
@@ -348,8 +439,9 @@ class Run:
         self.parts = {"model": self.model, "ema": self.ema, "scaler": self.scaler}
         self.parts |= {f"optimizer {number}": each for number, each in enumerate(self.optimizers)}
         # What must not change when a run goes on. Steps, learning rates and the like may.
-        names = ("seed", "batch_size", "optimizer", "predict", "shift", "repa", "route")
+        names = ("seed", "batch_size", "held_out", "optimizer", "repa", "route")
         self.decisive = {name: getattr(settings, name) for name in names}
+        self.decisive |= {name: self.info[name] for name in ("predict", "shift", "mask")}
         self.decisive |= dataclasses.asdict(self.model.config)
         digest = hashlib.md5(json.dumps(meta, sort_keys=True).encode()).hexdigest()
         self.decisive["data"] = f"the cache with digest {digest[:8]}"
@@ -385,27 +477,93 @@ class Run:
         with whole_file(path) as file:
             file.write("".join(lines[:1] + rows).encode())
 
-    def log(self, path, rows, rank, world_size):
-        """Append the means of what train_step gave to log.csv. Raises UserError if infinite."""
-        loss, norm = torch.stack(rows).mean(0)
+    def measure(self, rows, seconds, world_size):
+        """A row of log.csv: means over processes and rows of what train_step gave, the learning
+        rates, and the speed, if it took so many seconds. Raises UserError at an infinite loss."""
+        means = torch.stack(rows).mean(0)
         if world_size > 1:
-            dist.all_reduce(loss)
-        loss, norm = loss.item() / world_size, norm.item()
-        if not math.isfinite(loss) or not (math.isfinite(norm) or self.scaler.is_enabled()):
+            dist.all_reduce(means)
+        loss, repa_loss, norm = (means / world_size).tolist()
+        is_finite = math.isfinite(norm) or self.scaler.is_enabled()  # which leaves such steps out
+        if not (is_finite and math.isfinite(loss) and math.isfinite(repa_loss)):
             raise UserError(f"the loss is infinite at step {self.step}; begin anew, lower --lr")
-        if rank == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(path, "a") as file:
-                if file.tell() == 0:
-                    file.write("step,loss,grad_norm,seconds\n")
-                file.write(f"{self.step},{loss:.5f},{norm:.4f},{self.seconds:.1f}\n")
-        return loss
+        rates = [optimizer.param_groups[0]["lr"] for optimizer in self.optimizers]
+        return {
+            "step": self.step,
+            "loss": loss,
+            "repa_loss": repa_loss,
+            "grad_norm": norm,
+            "lr": rates[0],
+            "muon_lr": rates[-1],
+            "pictures_per_second": len(rows) * self.settings.batch_size / seconds,
+        }
 
 
-def save_grid(folder, pipeline, step):
-    """Draw the examples of the cache into samples/."""
+def append_row(path, row):
+    """Append a row, a dict, to a CSV file, which begins with the names."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
+        if file.tell() == 0:
+            file.write(",".join(row) + "\n")
+        texts = ("" if value is None else f"{value:.6g}" for value in row.values())
+        file.write(",".join(texts) + "\n")
+
+
+# ------------------------------------------------------------------------------------ what it tells
+def matrix_rate(compute):
+    """The FLOP/s of a large product of matrices, as measured: what the device can reach."""
+    side = 8192 if compute.device.type == "cuda" else 512
+    x = torch.randn(side, side, device=compute.device).to(compute.dtype)
+    seconds = []
+    for _ in range(4):
+        started = time.perf_counter()
+        (x @ x)[0, 0].item()  # which waits for the device
+        seconds.append(time.perf_counter() - started)
+    return 2 * side**3 / min(seconds)
+
+
+def flops_per_picture(run):
+    """Floating-point operations to train on one picture: those of the forward pass, counted, and
+    twice as many backward. Model FLOPs utilisation (arXiv 2204.02311) is this times the pictures a
+    second, over `matrix_rate`."""
+    channels, height, width = run.info["latent_shape"]
+    latents = torch.zeros(1, channels, height, width, device=run.device)
+    text = torch.zeros(1, run.info["tokens"], run.info["text_dim"], device=run.device)
+    kept = count_kept(height * width // run.model.config.patch_size**2, run.settings)
+    keep = torch.arange(kept, device=run.device)[None] if run.settings.route else None
+    plain = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)  # can be counted
+    with torch.no_grad(), plain, FlopCounterMode(display=False) as counter:
+        run.ema(latents, latents.new_ones(1), text, keep=keep)
+    return 3 * counter.get_total_flops()
+
+
+def report(run, compute, compiles, trained, held_out, prompts, world_size):
+    """Print what is about to happen."""
+    settings, info = run.settings, run.info
+    parameters = sum(weight.numel() for weight in run.model.parameters())
+    patch, (_, height, width) = run.model.config.patch_size, info["latent_shape"]
+    is_flash = not info["mask"] and (run.device.type == "cpu" or compute.dtype != torch.float32)
+    states = 4 if settings.optimizer == "muon" else 5  # weights, gradients, averages, momentum
+    epochs = settings.steps * settings.batch_size / len(trained)
+    print(f"device: {world_size} x {run.device.type}, {compute.reason}")
+    print(
+        f"model: {parameters:,} parameters, {height // patch * (width // patch)} image and up to "
+        f"{info['tokens']} text tokens, {'flash' if is_flash else 'memory-efficient'} attention, "
+        f"{'torch.compile' if compiles else 'no torch.compile'}"
+    )
+    few = ", too few for a share of them" if settings.held_out and not len(held_out) else ""
+    print(
+        f"data: {len(trained):,} pictures and {len(held_out):,} held out{few}; {settings.steps:,} "
+        f"steps of {settings.batch_size:,} are {epochs:.1f} epochs"
+    )
+    print(f"memory: about {states * 4 * parameters / 1e9:.2g} GB, and that of activations")
+    print("sample grids:", "; ".join(prompts))
+
+
+def save_grid(folder, pipeline, embeddings, step):
+    """Draw the examples of the run into samples/."""
     prompts = pipeline.info["examples"]
-    sheet = grid(pipeline.draw(prompts, range(len(prompts))), prompts, 6)
+    sheet = grid(pipeline.draw(embeddings, range(len(prompts))), prompts, 6)
     with whole_file(folder / "samples" / f"step_{step:06d}.png") as file:
         sheet.save(file, "png")
 
@@ -424,18 +582,30 @@ def finish(folder, pipeline, run):
         print("prompt accuracy:", *(f"{name} {share:.1%}" for name, share in accuracies))
 
 
-def wrap_model(run, compute, rank, world_size):
-    """The model as it is trained: compiled, if asked for and possible, and in DDP, if needed."""
-    compiles = run.settings.compile == "on"
-    if run.settings.compile == "auto" and compute.device.type == "cuda":
-        has_triton = importlib.util.find_spec("triton") is not None  # Windows lacks it
-        compiles = has_triton and torch.cuda.get_device_capability() >= (7, 0)  # as it demands
-    if compiles:
-        run.model.compile()
-    if rank == 0:
-        told = "torch.compile" if compiles else "no torch.compile"
-        print(f"{compute.device.type}, matrix products in {compute.dtype}, {told}")
-    return torch.nn.parallel.DistributedDataParallel(run.model) if world_size > 1 else run.model
+# ------------------------------------------------------------------------------------ the main part
+def can_compile(settings, compute):
+    """Whether torch.compile is asked for, or asked to be used where it works and pays."""
+    if settings.compile != "auto" or compute.device.type != "cuda":
+        return settings.compile == "on"
+    has_triton = importlib.util.find_spec("triton") is not None  # Windows lacks it
+    return has_triton and torch.cuda.get_device_capability() >= (7, 0)  # as it demands
+
+
+def read_prompts(settings, cache, held_out):
+    """The prompts of sample grids, twelve at most. Raises UserError if the file holds none."""
+    if settings.prompts:
+        try:
+            lines = Path(settings.prompts).read_text("utf-8").splitlines()
+        except (OSError, ValueError) as error:
+            raise UserError(f"--prompts {settings.prompts} cannot be read: {error}") from error
+    elif len(held_out):
+        lines = cache.captions(held_out)
+    else:
+        lines = cache.meta["examples"]
+    prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))[:12]
+    if not prompts:
+        raise UserError(f"--prompts {settings.prompts} holds no prompt; it takes one a line")
+    return prompts
 
 
 def train(settings):
@@ -453,13 +623,21 @@ def train(settings):
         prepare.prepare(prepare.Settings(device=settings.device))
     cache = Cache(settings.data, with_teacher=settings.repa > 0)
     run = Run(settings, cache.meta, compute)
+    trained, held_out = cache.split(settings.held_out)
+    prompts = read_prompts(settings, cache, held_out)
+    run.info["examples"] = prompts  # which sample.py draws, too
     if (folder / "ckpt.pt").exists():
         run.load(folder)
         if rank == 0 and (folder / "log.csv").exists():
             run.trim_log(folder / "log.csv")
     pipeline = Pipeline(run.ema, run.info, compute)
-    model = wrap_model(run, compute, rank, world_size)
-    train_steps(model, run, cache, pipeline, folder, rank, world_size)
+    compiles = can_compile(settings, compute)
+    if rank == 0:
+        report(run, compute, compiles, trained, held_out, prompts, world_size)
+    if compiles:
+        run.model.compile()
+    model = torch.nn.parallel.DistributedDataParallel(run.model) if world_size > 1 else run.model
+    train_steps(model, run, cache, (trained, held_out), pipeline, folder, rank, world_size)
     if rank == 0 and run.step < settings.steps:
         print(f"stopped at step {run.step} and saved; the same command goes on")
     elif rank == 0:
@@ -469,9 +647,8 @@ def train(settings):
         dist.destroy_process_group()
 
 
-def train_steps(model, run, cache, pipeline, folder, rank, world_size):
-    """The loop: steps until the last or until told to stop, with samples and checkpoints."""
-    settings, compute = run.settings, pipeline.compute
+def stop_on_signals():
+    """A tensor that becomes 1 when the process is told to stop."""
     stop_asked = torch.zeros(())
 
     def ask_to_stop(number, frame):
@@ -480,10 +657,21 @@ def train_steps(model, run, cache, pipeline, folder, rank, world_size):
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Ctrl-C, torchrun's, a closed terminal
         if hasattr(signal, name):  # Windows has no SIGHUP
             signal.signal(getattr(signal, name), ask_to_stop)
-    rows, started = [], time.perf_counter() - run.seconds
-    null_text = pipeline.encode([""])[0]  # (1, T, D)
-    numbers = batches(cache.starts[-1], settings, run.step, rank, world_size)
+    return stop_asked
+
+
+def train_steps(model, run, cache, split, pipeline, folder, rank, world_size):
+    """The loop: steps until the last or until told to stop, with samples and checkpoints. split is
+    that of the cache."""
+    settings, compute, (trained, held_out) = run.settings, pipeline.compute, split
+    stop_asked = stop_on_signals()
+    embeddings = encode_prompts(run.info["examples"], run.info, compute)
+    null_text = pad(embeddings[:1], max(cache.meta["tokens"], len(embeddings[0])))  # (1, T, D)
+    null_text = null_text.to(compute.device)
+    mfu_of_one = flops_per_picture(run) / matrix_rate(compute) / world_size  # a second
+    numbers = batches(trained, settings, run.step, rank, world_size)
     bar = tqdm(total=settings.steps, initial=run.step, disable=rank > 0 or None)
+    rows, began, row_began = [], time.perf_counter() - run.seconds, time.perf_counter()
     for examples in cache.load_ahead(numbers):
         examples = [example.to(compute.device) for example in examples]
         batch = make_batch(examples, null_text, run, rank, world_size)
@@ -496,13 +684,21 @@ def train_steps(model, run, cache, pipeline, folder, rank, world_size):
         samples = is_last or run.step % settings.sample_every == 0
         saves = is_last or stops > 0 or run.step % settings.save_every == 0
         if samples or saves or run.step % 10 == 0:  # reading the loss waits for the device
-            run.seconds = time.perf_counter() - started
-            bar.set_postfix(step=run.step, loss=run.log(folder / "log.csv", rows, rank, world_size))
-            rows.clear()
+            row = run.measure(rows, time.perf_counter() - row_began, world_size)
+            row["mfu"] = row["pictures_per_second"] * mfu_of_one
+            run.seconds = row["seconds"] = time.perf_counter() - began
+            tests = samples and rank == 0
+            row |= validate(run, cache, held_out, compute) if tests else dict.fromkeys(BANDS)
+            if rank == 0:
+                append_row(folder / "log.csv", row)
+            bar.set_postfix(loss=row["loss"])
         if samples and rank == 0:
-            save_grid(folder, pipeline, run.step)
+            save_grid(folder, pipeline, embeddings, run.step)
+            bar.write(", ".join(f"{name} {row[name]:.4g}" for name in row if row[name] is not None))
         if saves and rank == 0:
             run.save(folder)
+        if samples or saves or run.step % 10 == 0:
+            rows, row_began = [], time.perf_counter()
         if stops > 0:
             break
 
