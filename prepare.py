@@ -3,7 +3,8 @@
     python prepare.py                                          # 20,000 scenes into data/scenes
     python prepare.py photos/ --out data/photos --size 64      # a folder of pictures, or of tars
 
-A caption stands in the .txt, .caption or .json of its picture's name. The cache:
+A caption stands in the .txt, .caption or .json of its picture's name, or in a metadata.jsonl or
+metadata.csv with the columns file_name and text. The cache:
 
     data/scenes/meta.json                   sizes, encoders, mean and std per channel
                 shard-00000/latents.npy     (N, C, H, W), N at most 4096
@@ -17,6 +18,7 @@ A caption stands in the .txt, .caption or .json of its picture's name. The cache
 import argparse
 import collections
 import contextlib
+import csv
 import dataclasses
 import datetime
 import difflib
@@ -39,6 +41,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageCms, ImageOps
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
 
 import model
 from model import UserError, read_json, write_json
@@ -169,10 +176,20 @@ def draw_scene(number, size):
 
 
 # ---------------------------------------------------------------------------- pictures of your own
+with contextlib.suppress(ImportError):
+    import pillow_heif  # which reads the pictures of telephones, if it is installed
+
+    pillow_heif.register_heif_opener()
 KINDS = Image.registered_extensions()  # by ending
 ENDINGS = {ending for ending, kind in KINDS.items() if kind in Image.OPEN and kind != "EPS"}
 FORMATS = {KINDS[ending] for ending in ENDINGS}  # EPS would run a stranger's program
-NOT_READ = (".heic", ".heif", ".jxl", ".svg", ".gz", ".tgz", ".zip", ".parquet")
+NOT_READ = {
+    ".heic": "picture of a kind not read here (convert it, or pip install pillow-heif)",
+    ".gz": "archive of a kind not read here (unpack it; a plain .tar is read)",
+    ".parquet": "Parquet file (README.md has the lines that make pictures of it)",
+}
+NOT_READ |= dict.fromkeys((".heif", ".jxl", ".svg", ".raw", ".dng"), NOT_READ[".heic"])
+NOT_READ |= dict.fromkeys((".tgz", ".zip", ".7z", ".rar", ".zst", ".xz"), NOT_READ[".gz"])
 Image.MAX_IMAGE_PIXELS = 50_000_000  # pictures of more than twice as many are left out
 
 
@@ -181,11 +198,11 @@ class LeftOut(Exception):
 
 
 class File:
-    """A file, or a member of a tar, which is never unpacked. Its stem is its name up to the last
-    dot; its sample, by which WebDataset goes, is its name up to the first."""
+    """A file, a member of a tar, which is never unpacked, or data that are in memory. Its stem is
+    its name up to the last dot; its sample, as WebDataset says, is its name up to the first."""
 
-    def __init__(self, name, path, offset=0, size=-1):
-        self.name, self.path, self.offset, self.size = name, path, offset, size
+    def __init__(self, name, path=None, offset=0, size=-1, data=None):
+        self.name, self.path, self.offset, self.size, self.data = name, path, offset, size, data
         self.stem, ending = os.path.splitext(name)
         self.ending = ending.lower()
         folder, last = os.path.split(name)
@@ -193,6 +210,8 @@ class File:
 
     def read(self):
         """All bytes."""
+        if self.data is not None:
+            return self.data
         with open(self.path, "rb") as file:
             file.seek(self.offset)
             return file.read(self.size)
@@ -219,29 +238,54 @@ def list_files(source):
     return files
 
 
+def read_metadata(file):
+    """The captions in a metadata.jsonl or metadata.csv, as of the Hub's image folders: a dict of
+    files in memory, each a JSON object, by the names of their pictures."""
+    text = file.read().decode("utf-8-sig", "replace")
+    if file.ending == ".csv":
+        csv.field_size_limit(2**31 - 1)
+        lines = [json.dumps(row) for row in csv.DictReader(io.StringIO(text))]
+    else:
+        lines = text.split("\n")
+    captions = {}
+    for line in filter(str.strip, lines):
+        try:
+            name = os.path.join(os.path.dirname(file.name), json.loads(line)["file_name"])
+        except (ValueError, KeyError, TypeError, RecursionError):
+            name = f"{file.name}: {line[:40]}"  # which no picture has
+        captions[name] = File(name + ".json", data=line.encode())
+    return captions
+
+
 def pair_up(files):
     """Pictures with their captions, as a list of (picture, caption files, problem or None). A
     caption belongs to the picture with its stem; one without such a picture to the only one of its
     sample without a caption (a.input.jpg, a.outputs.txt)."""
     pictures = [file for file in files if file.ending in ENDINGS]
     stems = collections.Counter(picture.stem for picture in pictures)
-    captions = collections.defaultdict(list)
+    captions, listed = collections.defaultdict(list), {}
     for file in files:
-        if file.ending in (".txt", ".caption", ".json"):
+        if os.path.basename(file.name) in ("metadata.jsonl", "metadata.csv"):
+            listed |= read_metadata(file)
+        elif file.ending in (".txt", ".caption", ".json"):
             captions[file.stem if file.stem in stems else file.sample].append(file)
     uncaptioned = collections.Counter(file.sample for file in pictures if file.stem not in captions)
-    items = [(file, [], "kind of file not read here") for file in files if file.ending in NOT_READ]
+    not_read = {ending: NOT_READ[ending] for ending in NOT_READ if ending not in ENDINGS}
+    items = [(file, [], not_read[file.ending]) for file in files if file.ending in not_read]
     for picture in pictures:
         found, problem = captions.get(picture.stem), None
         # If no picture has the sample's name itself, and no other of the sample lacks a caption:
         if found is None and picture.sample not in stems and uncaptioned[picture.sample] == 1:
             found = captions.get(picture.sample)
-        if found is None:
+        if picture.name in listed:
+            found = [listed.pop(picture.name)]
+        elif found is None:
             problem = "no caption beside it"
         elif stems[picture.stem] > 1:
             problem = "two pictures for one caption, or one twice"
         items.append((picture, found, problem))
-    return items
+    lost = [(file, [], "line of metadata without its picture") for file in listed.values()]
+    return items + lost
 
 
 def read_caption(files):
@@ -252,11 +296,14 @@ def read_caption(files):
         try:
             is_utf16 = data[:2] in (b"\xff\xfe", b"\xfe\xff")
             text = data.decode("utf-16" if is_utf16 else "utf-8-sig")
-            if file.ending == ".json":
+        except ValueError:
+            raise LeftOut("caption that is not UTF-8") from None
+        if file.ending == ".json":
+            try:
                 record = json.loads(text)
                 text = record.get("prompt") or record.get("caption") or record.get("text") or ""
-        except (ValueError, AttributeError, RecursionError):
-            raise LeftOut("caption that is not UTF-8, or no JSON object") from None
+            except (ValueError, AttributeError, RecursionError):
+                raise LeftOut("caption file that holds no JSON object") from None
         if isinstance(text, list):  # the longest tells most
             text = max((each for each in text if isinstance(each, str)), key=len, default="")
         if not isinstance(text, str):
@@ -348,6 +395,7 @@ def run_script(main, settings_class, description, positional=None):
         flags = parser._option_string_actions
         near = difflib.get_close_matches(unknown[0], flags, cutoff=0)[0]
         parser.error(f"there is no {unknown[0]}; is {near} meant?")
+    sys.stdout.reconfigure(errors="replace")  # a console may lack letters that a caption has
     try:
         main(settings_class(**vars(values)))
     except UserError as error:
@@ -425,28 +473,65 @@ def prepare(settings):
         raise UserError(f"--size {settings.size} is no multiple of {token}; {near} is one")
     text_encoder = model.load_text_encoder(settings.text, compute, settings.max_tokens)
     teacher = model.load_teacher(settings.teacher, compute) if settings.teacher else None
-    encoders = (codec, text_encoder, teacher)
-    if settings.source == "scenes":
-        items, load = range(settings.limit), partial(draw_scene, size=settings.size)
-    elif Path(settings.source).exists():
-        items = pair_up(list_files(Path(settings.source)))[: settings.limit]
-        load = partial(load_item, settings=settings)
-    else:
-        raise UserError(f"there is no {settings.source}; give a folder of pictures or tars")
+    items, load = find_items(settings)
     rank, world_size = int(os.getenv("RANK", "0")), int(os.getenv("WORLD_SIZE", "1"))
-    for number, first in enumerate(range(0, len(items), SHARD_SIZE)):
-        folder = out / f"shard-{number:05d}"
-        if number % world_size == rank and not folder.exists():
-            shard = encode(folder.name, items[first : first + SHARD_SIZE], load, encoders, compute)
+    bar = tqdm(total=len(items) // world_size, unit=" pictures", disable=rank > 0 or None)
+    with locked(out) if rank == 0 else contextlib.nullcontext():
+        for number, first in enumerate(range(0, len(items), SHARD_SIZE)):
+            folder, part = out / f"shard-{number:05d}", items[first : first + SHARD_SIZE]
+            if number % world_size != rank:
+                continue
+            if folder.exists():  # from before
+                bar.update(len(part))
+                continue
+            shard = encode(folder.name, part, load, (codec, text_encoder, teacher), compute, bar)
             write_shard(folder, *shard, decisive)
-    if world_size > 1:
-        if not torch.distributed.is_initialized():
-            torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=30))
-        torch.distributed.barrier()  # until all shards are there
-    if rank == 0:
-        write_meta(out, settings, codec, text_encoder)
-    if world_size > 1:
-        torch.distributed.barrier()  # until meta.json is there
+        bar.close()
+        if world_size > 1:
+            if not torch.distributed.is_initialized():
+                torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=30))
+            torch.distributed.barrier()  # until all shards are there
+        if rank == 0:
+            write_meta(out, settings, codec, text_encoder)
+        if world_size > 1:
+            torch.distributed.barrier()  # until meta.json is there
+
+
+def find_items(settings):
+    """What may become pictures of the cache, and the function that loads such an item. Raises
+    UserError if the source is not there."""
+    if settings.source == "scenes":
+        return range(settings.limit), partial(draw_scene, size=settings.size)
+    source = Path(settings.source)
+    if not source.exists():
+        raise UserError(
+            f"there is no {source}; give a folder of pictures or tars (a data set of the Hub: see "
+            "README.md for how to download it first)"
+        )
+    return pair_up(list_files(source))[: settings.limit], partial(load_item, settings=settings)
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Make a folder to write to, and keep others out of it. Raises UserError if one is in it. The
+    system takes the lock away when a process dies. (Windows has no such lock.)"""
+    path = folder / "prepare.lock"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(path, "w")  # noqa: SIM115
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(f"another prepare.py writes to {folder}; give another --out") from error
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error}") from error
+    try:
+        yield
+    finally:
+        file.close()
+        path.unlink()
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # if it is empty
 
 
 def load_ahead(items, load):
@@ -462,13 +547,15 @@ def load_ahead(items, load):
         yield list(ahead)
 
 
-def encode(name, items, load, encoders, compute):
-    """Load and encode items; say what is left out. Returns the arrays of a shard by name, the
-    captions, and a record: seen, count, and sums (2, C) of means and mean squares of latents."""
+def encode(name, items, load, encoders, compute, bar):
+    """Load and encode items, say what is left out, and move the progress bar. Returns the arrays of
+    a shard by name, the captions, and a record: seen, count, and sums (2, C) of means and mean
+    squares of latents."""
     codec, text_encoder, teacher = encoders
     arrays, captions, left_out = collections.defaultdict(list), [], collections.defaultdict(list)
     sums, cut = np.zeros((2, codec.channels)), 0
-    for batch in tqdm(load_ahead(items, load), name, len(items) // 64, leave=False, disable=None):
+    for batch in load_ahead(items, load):
+        bar.update(len(batch))
         for file, _, _, reason in batch:
             if reason is not None:
                 left_out[reason].append(file)
@@ -493,9 +580,9 @@ def encode(name, items, load, encoders, compute):
     if not np.isfinite(sums).all():
         raise UserError(f"the codec made infinite latents for {name}; use another --codec")
     for reason, files in left_out.items():
-        print(f"{name}: left out {len(files):,} x {reason}: {', '.join(files[:3])}")
+        bar.write(f"{name}: left out {len(files):,} x {reason}: {', '.join(files[:3])}")
     if cut:
-        print(f"{name}: kept {cut:,} captions cut to {text_encoder.max_tokens} tokens")
+        bar.write(f"{name}: kept {cut:,} captions cut to {text_encoder.max_tokens} tokens")
     arrays["offsets"] = [np.cumsum([0, *map(len, arrays["text"])])]
     whole = {key: np.concatenate(parts) for key, parts in arrays.items() if parts}
     record = {"seen": len(items), "count": len(captions), "sums": sums.tolist()}
@@ -531,8 +618,6 @@ def write_meta(out, settings, codec, text_encoder):
     if not shards:
         for folder in records:
             shutil.rmtree(folder)
-        with contextlib.suppress(OSError):
-            out.rmdir()  # if nothing else is in it
         raise UserError(f"{settings.source} holds no picture with a caption that can be used")
     total, seen = (sum(record[key] for record in records.values()) for key in ("count", "seen"))
     mean, square = np.sum([record["sums"] for record in records.values()], axis=0) / total

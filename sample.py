@@ -186,7 +186,8 @@ def grid(pictures, prompts, columns):
     for number, (picture, prompt) in enumerate(zip(pictures, prompts, strict=True)):
         x, y = number % columns * (width + 8) + 4, number // columns * (height + 68) + 4
         sheet.paste(Image.fromarray(picture).resize((width, height), Image.NEAREST), (x, y))
-        text = "\n".join(textwrap.wrap(prompt, width // 6)[:4])
+        letters = prompt.encode("latin-1", "backslashreplace").decode("latin-1")  # of this font
+        text = "\n".join(textwrap.wrap(letters, width // 6)[:4])
         pen.multiline_text((x, y + height), text, "black", font, spacing=2)
     return sheet
 

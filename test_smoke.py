@@ -708,7 +708,7 @@ def test_settings_become_flags_whatever_the_fields(monkeypatch, capsys):
         ("train.py --device mps", "finds no such device"),
         ("prepare.py nowhere", "there is no nowhere"),
         ("prepare.py --codec .", "no tiny autoencoder"),
-        ("prepare.py --codec taef2 --size 100", "112 is one"),
+        ("prepare.py --size 100", "104 is one"),
         ("prepare.py --text x/y", "x/y is no folder"),
         ("sample.py a --run x/y", "x/y is no folder"),
     ],
@@ -809,6 +809,8 @@ def test_what_cannot_be_used_is_left_out_with_the_reason(capsys):
         "long.png": encode_picture(size=(90, 9)),
         "deep.tiff": encode_picture("F", colour=0.5, kind="TIFF"),
         "phone.heic": b"x",
+        "more.tar.gz": b"x",
+        "train.parquet": b"x",
     }
     Path("photos").mkdir()
     for name, data in files.items():
@@ -827,12 +829,15 @@ def test_what_cannot_be_used_is_left_out_with_the_reason(capsys):
         "1 x shorter side below 8",
         "1 x longer side above 4",
         "1 x grey values of kind F",
-        "1 x kind of file not read here: photos/phone.heic",
+        "1 x picture of a kind not read here (convert it, or pip install pillow-heif)",
+        "1 x archive of a kind not read here (unpack it; a plain .tar is read): photos/more.tar.gz",
+        "1 x Parquet file (README.md has the lines that make pictures of it)",
         "1 x no caption beside it: photos/bare.png",
         "1 x caption below 2 words: photos/one.png",
         "1 x empty caption",
-        "2 x caption that is not UTF-8, or no JSON object",
-        "1 pictures, 7.7%",
+        "1 x caption that is not UTF-8: photos/latin.png",
+        "1 x caption file that holds no JSON object: photos/list.png",
+        "1 pictures, 6.7%",
     ):
         assert line in output, output
 
@@ -880,6 +885,58 @@ def test_captions_are_paired_never_guessed(capsys):
     assert "2 x two pictures for one caption" in output
     assert "1 x two captions that differ" in output
     assert "1 x caption that is no text" in output
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv"])
+def test_captions_of_an_image_folder_are_read(ending, capsys):
+    Path("photos/train").mkdir(parents=True)
+    for name in ("a.png", "b.png", "c.png", "c.jpg"):
+        Path("photos/train", name).write_bytes(
+            encode_picture(kind=name[-3:].replace("jpg", "jpeg"))
+        )
+    Path("photos/train/b.txt").write_text("not this one")
+    rows = [
+        ("a.png", 'an "a",\u2028 with more'),
+        ("b.png", "a b"),
+        ("c.png", "c1"),
+        ("c.jpg", "c2"),
+    ]
+    rows.append(("lost.png", "nothing"))
+    if ending == "jsonl":
+        lines = [json.dumps({"file_name": name, "x": [1], "text": text}) for name, text in rows]
+        Path("photos/train/metadata.jsonl").write_text("\n".join([*lines, "broken", ""]))
+    else:
+        with open("photos/train/metadata.csv", "w", newline="") as file:
+            csv.writer(file).writerows([("file_name", "caption"), *rows, ("",)])
+    latents, output = prepare_folder("photos", capsys)
+    assert set(latents) == {'an "a", with more', "a b", "c1", "c2"}
+    assert "2 x line of metadata without its picture: photos/train/lost.png" in output
+
+
+def test_two_prepare_into_one_folder_are_refused():
+    first = start("prepare.py", "--limit", 20_000)
+    wait_for(Path("data/scenes/prepare.lock"), first)
+    assert "another prepare.py writes" in run("prepare.py", "--limit", 9, fails=True)
+    kill_all(first)
+    assert "9 pictures" in run("prepare.py", "--limit", 9)
+    assert not Path("data/scenes/prepare.lock").exists()
+
+
+def test_a_folder_that_is_a_file_is_refused(scenes):
+    Path("taken").write_text("mine")
+    assert "cannot be written" in run("prepare.py", "--limit", 9, "--out", "taken", fails=True)
+    how = TINY | {"data": scenes, "steps": 2, "out": "taken"}
+    assert "cannot be written" in run("train.py", *flags(how), fails=True)
+    assert Path("taken").read_text() == "mine"
+
+
+def test_a_console_that_lacks_letters_is_no_trouble(monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    Path("photos").mkdir()
+    Path("photos/猫.png").write_bytes(b"")
+    Path("photos/a.png").write_bytes(encode_picture())
+    Path("photos/a.txt").write_text("é")
+    assert "?.png" in run("prepare.py", "photos", "--size", 16)
 
 
 def test_a_refused_source_leaves_nothing_and_a_broken_tar_is_read_up_to_there(capsys):

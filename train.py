@@ -501,7 +501,6 @@ class Run:
 
 def append_row(path, row):
     """Append a row, a dict, to a CSV file, which begins with the names."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as file:
         if file.tell() == 0:
             file.write(",".join(row) + "\n")
@@ -623,6 +622,10 @@ def train(settings):
         prepare.prepare(prepare.Settings(device=settings.device))
     cache = Cache(settings.data, with_teacher=settings.repa > 0)
     run = Run(settings, cache.meta, compute)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {folder} cannot be written: {error}") from error
     trained, held_out = cache.split(settings.held_out)
     prompts = read_prompts(settings, cache, held_out)
     run.info["examples"] = prompts  # which sample.py draws, too
