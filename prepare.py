@@ -234,7 +234,7 @@ def list_files(source):
                         name = f"{path}/{member.name}"
                         files.append(File(name, path, member.offset_data, member.size))
         except Exception as error:  # a broken tar raises whatever tarfile comes upon
-            print(f"{path} is read only up to a point: {error!r}")
+            print(f"{path} is no plain tar, or broken; what stands before is read ({error!r})")
     return files
 
 
@@ -408,10 +408,11 @@ def run_script(main, settings_class, description, positional=None):
 
 def check_range(settings, low, high, *names):
     """Raise UserError if one of these settings is not between low and high."""
+    wanted = f"at least {low}" if high == math.inf else f"between {low} and {high}"
     for name in names:
         if not low <= getattr(settings, name) <= high:
             flag = "--" + name.replace("_", "-")
-            raise UserError(f"{flag} {getattr(settings, name)} is not between {low} and {high}")
+            raise UserError(f"{flag} {getattr(settings, name)} is not {wanted}")
 
 
 def refuse_differences(folder, old, new):
@@ -505,7 +506,7 @@ def find_items(settings):
     source = Path(settings.source)
     if not source.exists():
         raise UserError(
-            f"there is no {source}; give a folder of pictures or tars (a data set of the Hub: see "
+            f"there is no {settings.source}; give a folder of pictures or tars (a data set of the Hub: see "
             "README.md for how to download it first)"
         )
     return pair_up(list_files(source))[: settings.limit], partial(load_item, settings=settings)

@@ -556,7 +556,7 @@ def report(run, compute, compiles, trained, held_out, prompts, world_size):
         f"steps of {settings.batch_size:,} are {epochs:.1f} epochs"
     )
     print(f"memory: about {states * 4 * parameters / 1e9:.2g} GB, and that of activations")
-    print("sample grids:", "; ".join(prompts))
+    print("sample grids:", "; ".join(prompt[:80] for prompt in prompts))
 
 
 def save_grid(folder, pipeline, embeddings, step):
