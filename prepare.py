@@ -506,8 +506,8 @@ def find_items(settings):
     source = Path(settings.source)
     if not source.exists():
         raise UserError(
-            f"there is no {settings.source}; give a folder of pictures or tars (a data set of the Hub: see "
-            "README.md for how to download it first)"
+            f"there is no {settings.source}; give a folder of pictures or tars (README.md says how to "
+            "download a data set of the Hub)"
         )
     return pair_up(list_files(source))[: settings.limit], partial(load_item, settings=settings)
 
