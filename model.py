@@ -23,7 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save_file
 
 
 class UserError(Exception):
@@ -220,11 +220,9 @@ class PRX(nn.Module):
     @classmethod
     def from_pretrained(cls, folder):
         """The model in a folder of diffusers' layout. Raises UserError if it holds none."""
-        saved = read_json(Path(folder) / "config.json")
-        names = [field.name for field in dataclasses.fields(PRXConfig)]
         with torch.device("meta"):
-            model = cls(PRXConfig(**{name: saved[name] for name in names if name in saved}))
-        return load_weights(model, read_weights(folder), folder)
+            model = cls(read_config(folder))
+        return load_weights(model, read_weights(folder, *PRX_FILES), folder)
 
     def save_pretrained(self, folder):
         """Write config and weights, without REPA's projector, for diffusers and for us."""
@@ -233,10 +231,24 @@ class PRX(nn.Module):
             for name, weight in self.state_dict().items()
             if not name.startswith("projector.")
         }
-        with whole_file(Path(folder) / "diffusion_pytorch_model.safetensors") as file:
-            file.write(save(weights, metadata={"format": "pt"}))
+        with whole_file(Path(folder) / PRX_FILES[0]) as file:
+            try:
+                save_file(weights, file.name, metadata={"format": "pt"})
+            except SafetensorError as error:
+                raise OSError(error) from error
         config = {"_class_name": "PRXTransformer2DModel", **dataclasses.asdict(self.config)}
         write_json(Path(folder) / "config.json", config)
+
+
+PRX_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model-*.safetensors")
+
+
+def read_config(folder):
+    """The PRXConfig in a folder of diffusers' layout. Raises UserError if it holds none."""
+    saved = read_json(Path(folder) / "config.json")
+    names = [field.name for field in dataclasses.fields(PRXConfig)]
+    config = PRXConfig(**{name: saved[name] for name in names if name in saved})
+    return dataclasses.replace(config, axes_dim=tuple(config.axes_dim))
 
 
 # --------------------------------------------------------------------------------------- the flow
@@ -362,10 +374,11 @@ def fetch(source, *patterns):
         ) from error
 
 
-def read_weights(folder):
-    """The tensors in a folder's safetensors files, mapped from disk. Raises UserError."""
+def read_weights(folder, *patterns):
+    """The tensors in a folder's safetensors files of such names, mapped from disk. Raises
+    UserError."""
     weights = {}
-    for path in sorted(Path(folder).glob("*.safetensors")):
+    for path in sorted(path for pattern in patterns for path in Path(folder).glob(pattern)):
         try:
             weights.update(load_file(path))
         except (SafetensorError, OSError) as error:
@@ -458,7 +471,8 @@ def load_codec(name, compute):
     if name == "pixels":
         return Pixels()
     source = name if Path(name).is_dir() or "/" in name else f"madebyollin/{name}"
-    weights = read_weights(fetch(source, "diffusion_pytorch_model.safetensors", "taef2*"))
+    files = ("diffusion_pytorch_model.safetensors", "taef2.safetensors")
+    weights = read_weights(fetch(source, *files), *files)
     if "encoder.layers.14.bias" not in weights:
         raise UserError(f"{source} holds no tiny autoencoder; taef2 and taesd are such")
     with torch.device("meta"):
@@ -590,8 +604,8 @@ class T5(nn.Module):
         return self.encoder["final_layer_norm"](x)
 
 
-# What the official PRX takes out of prompts, in diffusers' order, but for its rules against
-# advertising. The patterns are of text in lower case.
+# Most of what the official PRX takes out of prompts, in diffusers' order. Left out are rules
+# against advertising and for addresses of computers.
 CLEANING = (
     (r"\b(https?:/{1,3}|[a-z0-9.-]+\.(com|co|ru|net|org|edu|gov|it)[\w/-]*\b/?(?!@))", ""),
     (r"@\w+", ""),
@@ -609,6 +623,8 @@ CLEANING = (
     ("[\u201c-\u201f]", '"'),
     (r"^\s+|\s+$", ""),
     (r"\b[a-z]{1,3}\d{3,15}\b|\b[a-z]+\d+[a-z]+\b|\b\d+[a-z]+\d+\b", ""),  # jc6640
+    (r"\b(png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4)(\simages?)?|\bpage\s+\d+\b", ""),
+    (r"\b\d*[a-z]+\d+[a-z]+\d+[a-z\d]*\b", " "),
     (r"\b\s+:\s+", ": "),
     (r"(\D[,./])\b", r"\1 "),
     (r"\s+", " "),
@@ -622,7 +638,7 @@ def clean_prompt(text):
     text = urllib.parse.unquote_plus(text).strip().lower()
     for pattern, replacement in CLEANING:
         text = re.sub(pattern, replacement, text)
-    if text.count("-") + text.count("_") > 3:  # more than hyphens, as in my_pictures-of-a-cat
+    if text.count("-") + text.count("_") > 3:  # a name of a file, as my_pictures-of-a-cat
         text = text.replace("-", " ").replace("_", " ")
     return unicodedata.normalize("NFC", " ".join(text.split()))
 
@@ -670,6 +686,8 @@ class GemmaLayer(nn.Module):
         k = turn_halves(split_heads(self.self_attn["k_proj"](y), self.kv_heads), angles)
         v = split_heads(self.self_attn["v_proj"](y), self.kv_heads)
         k, v = (each.repeat_interleave(self.heads // self.kv_heads, dim=1) for each in (k, v))
+        # By hand, as scaled_dot_product_attention has no soft cap. The sliding window of every
+        # other layer is left out: it is longer than any prompt.
         scores = self.cap * torch.tanh(q @ k.mT * self.scale / self.cap)  # (B, heads, L, L)
         scores = scores.masked_fill(is_padding, -math.inf)
         y = (scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v).transpose(1, 2).flatten(2)
@@ -696,9 +714,10 @@ class T5Gemma(nn.Module):
         self.theta = config.get("rope_theta") or config["rope_parameters"]["rope_theta"]
         self.max_tokens = min(max_tokens, 256)  # to which PRX's captions were cut
         self.ids = tokenizer["model"]["vocab"]
-        # Words can be split apart if no piece reaches from one into the next, as in Gemma's file.
-        reaches = any("▁" in piece.lstrip("▁") for piece in self.ids)
-        self.word_pattern = re.compile("(?s).+" if reaches else "▁*[^▁]+|▁+")
+        # In Gemma's vocabulary no piece goes on behind the end of a word, so that each word can be
+        # cut alone, which is faster. Other vocabularies have such pieces.
+        goes_on = any("▁" in piece.lstrip("▁") for piece in self.ids)
+        self.word_pattern = re.compile("(?s).+" if goes_on else "▁*[^▁]+|▁+")
         self.ranks = {}  # of pairs of pieces; a file has them as "a b" or as ["a", "b"]
         for rank, pair in enumerate(tokenizer["model"]["merges"]):
             self.ranks[tuple(pair.split(" ") if isinstance(pair, str) else pair)] = rank
@@ -721,8 +740,8 @@ class T5Gemma(nn.Module):
         return ids
 
     def split_word(self, word):
-        """Byte-pair encoding (arXiv 1508.07909): of all neighbours those are merged first that were
-        merged first when the vocabulary was made."""
+        """Byte-pair encoding (arXiv 1508.07909): merge the neighbours with the lowest rank, until
+        no two have a rank. Letters that are not in the vocabulary are cut into bytes first."""
         pieces = []
         for letter in word[: 32 * self.max_tokens]:  # no piece has more than 32 letters
             is_known = letter in self.ids
@@ -760,7 +779,7 @@ def load_text_encoder(name, compute, max_tokens):
     folder = fetch(name, "*.json")
     part, tokenizer_part, files = "", "", "model*.safetensors"
     if (folder / "text_encoder").is_dir():  # of a pipeline
-        part, tokenizer_part, files = "text_encoder", "tokenizer", "text_encoder/*.safetensors"
+        part, tokenizer_part, files = "text_encoder", "tokenizer", "text_encoder/model*.safetensors"
     config = read_json(folder / part / "config.json")
     is_gated = "gated" in config.get("feed_forward_proj", "")
     if config.get("model_type") == "t5" and is_gated:
@@ -776,8 +795,8 @@ def load_text_encoder(name, compute, max_tokens):
     with torch.device("meta"):
         network = kind(config, tokenizer, max_tokens)
     known = network.state_dict().keys()  # a file may hold the decoder, too
-    stored = read_weights(fetch(name, files) / part)
-    if kind is T5Gemma:  # which transformers saves bare, or wrapped as an `encoder`
+    stored = read_weights(fetch(name, files), files)
+    if kind is T5Gemma:  # transformers saves it as layers.0..., or as encoder.layers.0...
         stored = {key.removeprefix("encoder."): value for key, value in stored.items()}
     weights = {key: value for key, value in stored.items() if key in known}
     return load_weights(network, weights, name, compute)
@@ -858,4 +877,4 @@ def load_teacher(name, compute):
         raise UserError(f"{name} holds no DINOv2 (without registers), as facebook/dinov2-small is")
     with torch.device("meta"):
         network = DINOv2(config)
-    return load_weights(network, read_weights(folder), name, compute)
+    return load_weights(network, read_weights(folder, "model.safetensors"), name, compute)

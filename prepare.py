@@ -231,7 +231,7 @@ def list_files(source):
             with tarfile.open(path, "r:") as tar:
                 for member in filter(tarfile.TarInfo.isfile, tar):
                     if not os.path.basename(member.name).startswith("."):
-                        name = f"{path}/{member.name}"
+                        name = os.path.join(path, member.name.removeprefix("./"))
                         files.append(File(name, path, member.offset_data, member.size))
         except Exception as error:  # a broken tar raises whatever tarfile comes upon
             print(f"{path} is no plain tar, or broken; what stands before is read ({error!r})")
@@ -239,28 +239,32 @@ def list_files(source):
 
 
 def read_metadata(file):
-    """The captions in a metadata.jsonl or metadata.csv, as of the Hub's image folders: a dict of
-    files in memory, each a JSON object, by the names of their pictures."""
+    """The captions in a metadata.jsonl or metadata.csv of an image folder of the Hub: a dict from
+    the name of a picture to its line, as a File of JSON, which `read_caption` reads like others."""
     text = file.read().decode("utf-8-sig", "replace")
     if file.ending == ".csv":
         csv.field_size_limit(2**31 - 1)
-        lines = [json.dumps(row) for row in csv.DictReader(io.StringIO(text))]
+        lines = [json.dumps(row) for row in csv.DictReader(io.StringIO(text, newline=None))]
     else:
         lines = text.split("\n")
     captions = {}
     for line in filter(str.strip, lines):
         try:
-            name = os.path.join(os.path.dirname(file.name), json.loads(line)["file_name"])
+            name = os.path.normpath(json.loads(line)["file_name"])
+            name = os.path.join(os.path.dirname(file.name), name)
         except (ValueError, KeyError, TypeError, RecursionError):
-            name = f"{file.name}: {line[:40]}"  # which no picture has
+            name = f"{file.name}: {line[:40]}"  # no picture has this name
         captions[name] = File(name + ".json", data=line.encode())
     return captions
 
 
 def pair_up(files):
-    """Pictures with their captions, as a list of (picture, caption files, problem or None). A
-    caption belongs to the picture with its stem; one without such a picture to the only one of its
-    sample without a caption (a.input.jpg, a.outputs.txt)."""
+    """Pictures with their captions, as a list of (picture, caption files, problem or None).
+
+    A caption belongs to the picture with the same stem. If there is none, it belongs to the picture
+    of its sample, if just one there has no caption yet (a.input.jpg, a.outputs.txt). A line of
+    metadata names its picture.
+    """
     pictures = [file for file in files if file.ending in ENDINGS]
     stems = collections.Counter(picture.stem for picture in pictures)
     captions, listed = collections.defaultdict(list), {}
@@ -284,7 +288,7 @@ def pair_up(files):
         elif stems[picture.stem] > 1:
             problem = "two pictures for one caption, or one twice"
         items.append((picture, found, problem))
-    lost = [(file, [], "line of metadata without its picture") for file in listed.values()]
+    lost = [(file, [], "line of metadata that names no picture") for file in listed.values()]
     return items + lost
 
 
@@ -401,7 +405,7 @@ def run_script(main, settings_class, description, positional=None):
     except UserError as error:
         sys.exit(f"{parser.prog}: {error}")
     except torch.OutOfMemoryError as error:
-        sys.exit(f"{parser.prog}: out of memory; train.py has --micro-batch for that ({error})")
+        sys.exit(f"{parser.prog}: out of memory; train.py has --micro-batch for that: {error}")
     except KeyboardInterrupt:
         sys.exit(f"{parser.prog}: stopped; the same command goes on")
 
@@ -459,19 +463,22 @@ class Settings:
 def prepare(settings):
     """Write a cache, or go on with one. Raises UserError where nothing can be used, or the cache
     was begun with other settings."""
-    out, free = Path(settings.out), ("out", "limit", "device")
-    decisive = {key: value for key, value in vars(settings).items() if key not in free}
-    for path in sorted(out.glob("shard-*/shard.json"))[:1]:
-        refuse_differences(out, read_json(path)["settings"], decisive)
+    out, may_change = Path(settings.out), ("out", "limit", "device")
+    decisive = {key: value for key, value in vars(settings).items() if key not in may_change}
+    begun = sorted(out.glob("shard-*/shard.json"))
+    if begun:
+        refuse_differences(out, read_json(begun[0])["settings"], decisive)
     if (out / "meta.json").exists():
         print(f"{out} is complete; for other pictures give a new --out")
         return
     compute = model.pick_device(settings.device)
     codec = model.load_codec(settings.codec, compute)
-    token = 8 if codec.factor == 1 else 2 * codec.factor  # pixels, by train.py's default
-    if settings.size % token:
-        near = settings.size // token * token + token
-        raise UserError(f"--size {settings.size} is no multiple of {token}; {near} is one")
+    side = 2 * codec.factor  # of a patch in pixels, as train.py chooses it
+    if settings.codec == "pixels":
+        side = 8 if settings.size <= 128 else 16
+    if settings.size % side:
+        near = settings.size // side * side + side
+        raise UserError(f"--size {settings.size} is no multiple of {side}; {near} is one")
     text_encoder = model.load_text_encoder(settings.text, compute, settings.max_tokens)
     teacher = model.load_teacher(settings.teacher, compute) if settings.teacher else None
     items, load = find_items(settings)
@@ -482,7 +489,7 @@ def prepare(settings):
             folder, part = out / f"shard-{number:05d}", items[first : first + SHARD_SIZE]
             if number % world_size != rank:
                 continue
-            if folder.exists():  # from before
+            if is_whole(folder, len(part)):
                 bar.update(len(part))
                 continue
             shard = encode(folder.name, part, load, (codec, text_encoder, teacher), compute, bar)
@@ -498,54 +505,71 @@ def prepare(settings):
             torch.distributed.barrier()  # until meta.json is there
 
 
+def is_whole(folder, count):
+    """Whether a shard is there that looked at so many items. A last shard of another --limit looked
+    at fewer or more."""
+    return folder.exists() and read_json(folder / "shard.json")["seen"] == count
+
+
 def find_items(settings):
-    """What may become pictures of the cache, and the function that loads such an item. Raises
-    UserError if the source is not there."""
+    """What may become pictures of the cache, and the function that loads a list of such items.
+    Raises UserError if the source is not there."""
     if settings.source == "scenes":
-        return range(settings.limit), partial(draw_scene, size=settings.size)
+
+        def draw_scenes(numbers):
+            return [draw_scene(number, settings.size) for number in numbers]
+
+        return range(settings.limit), draw_scenes
     source = Path(settings.source)
     if not source.exists():
         raise UserError(
-            f"there is no {settings.source}; give a folder of pictures or tars (README.md says how to "
-            "download a data set of the Hub)"
+            f"there is no {settings.source}; give a folder of pictures or tars (README.md says how "
+            "to download a data set of the Hub)"
         )
-    return pair_up(list_files(source))[: settings.limit], partial(load_item, settings=settings)
+    pool = ThreadPoolExecutor(os.cpu_count())  # Pillow's decoders let other threads run
+
+    def load_items(items):
+        return list(pool.map(partial(load_item, settings=settings), items))
+
+    return pair_up(list_files(source))[: settings.limit], load_items
 
 
 @contextlib.contextmanager
 def locked(folder):
-    """Make a folder to write to, and keep others out of it. Raises UserError if one is in it. The
-    system takes the lock away when a process dies. (Windows has no such lock.)"""
+    """Make a folder to write to, and lock it. Raises UserError if another process has locked it. A
+    lock ends with its process. (Windows has no such lock.)"""
     path = folder / "prepare.lock"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(path, "w")  # noqa: SIM115
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error}") from error
+    try:
         if fcntl is not None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise UserError(f"another prepare.py writes to {folder}; give another --out") from error
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error}") from error
+    except OSError:
+        pass  # some network file systems have no locks
     try:
         yield
     finally:
         file.close()
-        path.unlink()
+        path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
-            folder.rmdir()  # if it is empty
+            folder.rmdir()  # if nothing could be used, it is empty
 
 
-def load_ahead(items, load):
-    """Yield batches of 64 loaded items; threads load the next one meanwhile."""
-    # Decoding lets other threads run, drawing scenes does not.
-    threads = 1 if isinstance(items, range) else os.cpu_count()
-    with ThreadPoolExecutor(threads) as pool:
+def load_ahead(batches, load):
+    """Yield load(batch) of each batch; a thread loads the next one meanwhile."""
+    with ThreadPoolExecutor(1) as pool:
         ahead = None
-        for first in range(0, len(items), 64):
-            batch, ahead = ahead, pool.map(load, items[first : first + 64])  # begins at once
-            if batch is not None:
-                yield list(batch)
-        yield list(ahead)
+        for batch in batches:
+            ready, ahead = ahead, pool.submit(load, batch)  # which begins at once
+            if ready is not None:
+                yield ready.result()
+        if ahead is not None:
+            yield ahead.result()
 
 
 def encode(name, items, load, encoders, compute, bar):
@@ -555,7 +579,8 @@ def encode(name, items, load, encoders, compute, bar):
     codec, text_encoder, teacher = encoders
     arrays, captions, left_out = collections.defaultdict(list), [], collections.defaultdict(list)
     sums, cut = np.zeros((2, codec.channels)), 0
-    for batch in load_ahead(items, load):
+    batches = [items[first : first + 64] for first in range(0, len(items), 64)]
+    for batch in load_ahead(batches, load):
         bar.update(len(batch))
         for file, _, _, reason in batch:
             if reason is not None:
@@ -568,11 +593,14 @@ def encode(name, items, load, encoders, compute, bar):
         arrays["digest"].append(np.array([zlib.crc32(picture) for picture in images], np.uint32))
         images = torch.from_numpy(images).to(compute.device).permute(0, 3, 1, 2) / 127.5 - 1
         with compute.autocast(), torch.no_grad():
-            latents = codec.encode(images).float().cpu().numpy()
+            parts = images.split(max(1, 2**22 // images.shape[3] ** 2))  # 16 of 512 pixels
+            latents = torch.cat([codec.encode(part).float().cpu() for part in parts]).numpy()
             arrays["text"] += [rows.half().cpu().numpy() for rows in text_encoder.encode(texts)]
             if teacher is not None:
-                features = teacher.features(images, min(16, images.shape[3] // 8))
-                arrays["teacher"].append(features.half().cpu().numpy())
+                side = min(16, images.shape[3] // 8)
+                for part in parts:
+                    features = teacher.features(part, side)
+                    arrays["teacher"].append(features.half().cpu().numpy())
         cut += sum(len(text_encoder.tokenize(text)) > text_encoder.max_tokens for text in texts)
         sums += np.stack((latents, latents**2)).mean((3, 4)).sum(1)  # (2, C)
         if codec.stored_dtype == "uint8":
@@ -594,6 +622,7 @@ def write_shard(folder, arrays, captions, record, decisive):
     """Write the folder of a shard, which gets its name when it is whole. Raises UserError."""
     unfinished = folder.with_suffix(".partial")
     shutil.rmtree(unfinished, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
     try:
         unfinished.mkdir(parents=True)
         for name, array in arrays.items():

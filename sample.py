@@ -20,6 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 import prepare
 from model import (
     PRX,
+    PRX_FILES,
     UserError,
     Words,
     fetch,
@@ -27,6 +28,7 @@ from model import (
     load_text_encoder,
     pad,
     pick_device,
+    read_config,
     read_json,
     shift_time,
     velocity,
@@ -43,14 +45,16 @@ def generate(model, text, mask, noise, info, steps, guidance_scale):
     is guided away from that of the empty caption (arXiv 2207.12598); a scale of 1 is no guidance.
     info has `shift` and `predict`, as the model was trained.
     """
-    # As in diffusers' FlowMatchEulerDiscreteScheduler the end is shifted, then the whole table.
+    # diffusers' FlowMatchEulerDiscreteScheduler shifts the last time twice. So do we, so that
+    # official models draw the same pictures.
     lowest = shift_time(torch.tensor(0.001), info["shift"]).item()
     times = shift_time(torch.linspace(1, lowest, steps), info["shift"])
     times = torch.cat((times, torch.zeros(1))).to(noise.device)
     rows = torch.arange(1, 1 + len(noise))
     if guidance_scale > 1:
         rows = torch.cat((torch.zeros_like(rows), rows))  # in the same pass
-    text, mask = text[rows], None if mask.all() else mask[rows]
+    text = text[rows]
+    mask = None if mask.all() else mask[rows]  # without one, attention takes the fast kernel
     x = noise
     for t, next_t in itertools.pairwise(times):
         x_in, t_in = x.repeat(len(rows) // len(x), 1, 1, 1), t.expand(len(rows))
@@ -62,32 +66,38 @@ def generate(model, text, mask, noise, info, steps, guidance_scale):
     return x
 
 
-def find_model(source):
-    """The folder with the weights of a model, and its info: what it takes to draw with it. source
-    is a run, its uploaded ema/, or a pipeline of diffusers with a PRX. Raises UserError."""
+def read_info(source):
+    """The folder with the config of a model, and its info: what it takes to draw with it. source is
+    a run, its uploaded ema/, or a pipeline of diffusers with a PRX, of which only small files are
+    downloaded here. Raises UserError."""
     folder = fetch(source, "*.json")
     if (folder / "model_index.json").exists():
-        info = read_pipeline(source, folder)
-        return fetch(source, "transformer/*.safetensors") / "transformer", info
-    folder = fetch(source, "*.safetensors")
+        return folder / "transformer", read_pipeline(source, folder)
     if (folder / "ema").is_dir():
         folder = folder / "ema"
     return folder, read_json(folder / "nanoprx.json")
+
+
+def load_network(source, folder):
+    """The PRX in the folder that `read_info` found, downloaded if need be. Raises UserError."""
+    part = "transformer/" if folder.name == "transformer" else ""
+    fetch(source, *(part + name for name in PRX_FILES))
+    return PRX.from_pretrained(folder)
 
 
 def read_pipeline(source, folder):
     """The info of an official PRX, from the small files in its folder. Raises UserError if it needs
     networks that are not in model.py, before anything large is downloaded."""
     index = read_json(folder / "model_index.json")
-    text_encoder, vae = (index.get(name, ["", "none"])[1] for name in ("text_encoder", "vae"))
-    channels = read_json(folder / "transformer" / "config.json").get("in_channels")
-    is_flux = vae == "AutoencoderKL" and channels == 16
-    if not text_encoder.startswith("T5Gemma") or not (is_flux or vae == "AutoencoderTiny"):
+    text_encoder, vae = (str(index.get(name, [0, 0])[1]) for name in ("text_encoder", "vae"))
+    is_known = text_encoder.startswith("T5Gemma") and vae in ("AutoencoderKL", "AutoencoderTiny")
+    channels = read_config(folder / "transformer").in_channels if is_known else 0
+    if not is_known or (vae == "AutoencoderKL" and channels != 16):
         raise UserError(
             f"{source} has the text encoder {text_encoder} and the codec {vae}; only T5Gemma with "
             "FLUX.1 latents (AutoencoderKL of 16 channels) or AutoencoderTiny is known here"
         )
-    codec, scaling = "taef1", {}  # whose latents are those of FLUX.1
+    codec, scaling = "taef1", {}  # has the latents of FLUX.1, scaled already
     if vae == "AutoencoderTiny":
         codec = str(fetch(source, "vae/*") / "vae")
         scaling = read_json(f"{codec}/config.json")
@@ -99,7 +109,7 @@ def read_pipeline(source, folder):
         "codec": codec,
         "text": str(source),
         "predict": "v",
-        "shift": scheduler["shift"],
+        "shift": scheduler.get("shift", 1.0),
         "mask": True,
         "latent_shape": [channels, side, side],
         "mean": [scaling.get("shift_factor") or 0.0] * channels,
@@ -124,8 +134,16 @@ def encode_prompts(prompts, info, compute):
     return [embedding.cpu() for embedding in embeddings]
 
 
+def pictures_at_once(latent_shape):
+    """How many pictures to draw at once: 64 of 32 x 32 latents, fewer of larger ones."""
+    return max(1, 2**16 // (latent_shape[1] * latent_shape[2]))
+
+
 class Pipeline:
-    """A model with its codec, and its info, which a run keeps in nanoprx.json."""
+    """A model with its codec, and its info, which a run keeps in nanoprx.json: `codec` and `text`
+    by name, `latent_shape`, `mean` and `std` of latents by channel, how the model was trained
+    (`predict`, `shift`, `mask`, `tokens` to which captions were filled up), and defaults (`steps`,
+    `guidance`, `examples`, which are prompts)."""
 
     def __init__(self, model, info, compute):
         self.model, self.info, self.compute = model, info, compute
@@ -133,7 +151,8 @@ class Pipeline:
 
     def pad(self, embeddings):
         """A list of (L, D) as text (B, T, D), filled up with zeros, and mask (B, T), on the device.
-        A model that was trained without a mask sees the zeros up to the length of training."""
+        A model that was trained with a mask sees no zeros, another those up to the length of its
+        captions in training, which it has learnt to ignore."""
         least = 0 if self.info.get("mask") else self.info["tokens"]
         lengths = torch.tensor([max(len(each), least) for each in embeddings])
         text = pad(embeddings, max(lengths))
@@ -155,7 +174,7 @@ class Pipeline:
         statistics = torch.tensor([self.info["mean"], self.info["std"]], device=device)
         mean, std = statistics[:, :, None, None]
         empty, *embeddings = embeddings
-        at_once = max(1, 2**16 // (shape[1] * shape[2]))  # 64 scenes, or 16 pictures of 512 px
+        at_once = pictures_at_once(shape)
         for first in range(0, len(embeddings), at_once):
             rows = slice(first, first + at_once)
             generators = [torch.Generator().manual_seed(seed) for seed in seeds[rows]]
@@ -166,14 +185,11 @@ class Pipeline:
                     self.model, text, mask, noise.to(device), self.info, steps, guidance_scale
                 )
                 images = self.codec.decode(latents * std + mean)
+            if not images.isfinite().all():
+                raise UserError("the model drew infinite values; try --dtype fp32")
             images = ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte()
             pictures.append(images.permute(0, 2, 3, 1).cpu().numpy())
         return np.concatenate(pictures)
-
-
-def load_pipeline(folder, info, compute):
-    """The Pipeline of what `find_model` found. Raises UserError if weights are missing."""
-    return Pipeline(PRX.from_pretrained(folder).to(compute.device).eval(), info, compute)
 
 
 def grid(pictures, prompts, columns):
@@ -234,19 +250,22 @@ def check(picture, scene):
         wanted = collections.Counter(thing[number] for thing in scene.things if thing[number])
         result[attribute] = wanted <= collections.Counter(thing[number] for thing in found.things)
     result["count"] = len(found.things) == len(scene.things)
-    # Each thing has to have all that was told of it: a blue circle and a red ring do not do.
+    # All that was told of a thing has to be true of one thing: for a red circle and a blue ring, a
+    # blue circle and a red ring are wrong, though all colours and shapes are there.
     told = [{*thing[:3]} - {None} for thing in scene.things]
     orders = itertools.permutations({*thing[:3]} for thing in found.things)
     bound = any(all(a <= b for a, b in zip(told, order, strict=False)) for order in orders)
-    # Nothing else may be in the picture: at most 1% of the pixels are off by 110 of RGB.
+    # Nothing else may be in the picture: at most 1% of its pixels are off by 110 of RGB from a
+    # clean drawing of what was found.
     error = np.linalg.norm(picture - prepare.render(found, len(picture)).astype(float), axis=-1)
     result["all"] = all(result.values()) and bound and bool(np.mean(error > 110) < 0.01)
     return result
 
 
 def score(pipeline, count, steps=0, guidance_scale=0.0):
-    """Shares of `count` pictures that are right: of held-out scenes told in full ("named", and its
-    attributes), with the background left open, told as people may, and of pairs never trained."""
+    """Shares of `count` pictures that are right, by kind: "named", held-out scenes told in full
+    (and their attributes); "open", with no background named; "free", told as people may;
+    "composition", with pairs that were never trained."""
     shares = {}
     for seed, kind in enumerate(("named", "open", "free", "composition")):
         rng = np.random.default_rng(seed)
@@ -275,13 +294,14 @@ class Settings:
     run: Annotated[str, "a run, or Photoroom/prx-512-t2i and the like on the Hub"] = "out/scenes"
     out: Annotated[str, "one picture (.png, .jpg) of all, or a folder for files"] = "sample.png"
     n: Annotated[int, "pictures for each prompt"] = 1
-    steps: Annotated[int, "Euler steps; 0: 20, an official PRX 28"] = 0
+    steps: Annotated[int, "Euler steps; 0: 20, an official PRX 28, a distilled one 8"] = 0
     guidance: Annotated[float, "guidance scale, 1 is none; 0: 2, an official PRX 5"] = 0.0
     height: Annotated[int, "of the pictures in pixels; 0: as in training"] = 0
     width: Annotated[int, "of the pictures in pixels; 0: as in training"] = 0
     seed: Annotated[int, "of the first picture of each prompt; the next has seed + 1"] = 0
     score: Annotated[bool, "report the prompt accuracy on held-out scenes instead"] = False
     device: Annotated[Literal["auto", "cpu", "cuda", "mps"], "auto: the best there is"] = "auto"
+    dtype: Annotated[Literal["auto", "bf16", "fp16", "fp32"], "of matrix products"] = "auto"
 
     def __post_init__(self):
         prepare.check_range(self, 1, math.inf, "n")
@@ -290,16 +310,19 @@ class Settings:
 
 def sample(settings):
     """Draw prompts with a trained model, or score it. Raises UserError where the run is none."""
-    compute = pick_device(settings.device)
-    if compute.device.type == "cpu":  # float32 draws the same on each CPU, and nearly as fast
-        compute = pick_device("cpu", "fp32")
-    folder, info = find_model(settings.run)
+    compute = pick_device(settings.device, settings.dtype)
+    if compute.device.type == "cpu" and settings.dtype == "auto":
+        compute = pick_device("cpu", "fp32")  # draws the same on each CPU, and nearly as fast
+    folder, info = read_info(settings.run)
     how = settings.steps, settings.guidance
+    side = read_config(folder).patch_size * (1 if info["codec"] == "pixels" else 8)
+    if settings.height % side or settings.width % side:
+        raise UserError(f"--height and --width have to be multiples of {side} for {settings.run}")
+    if settings.score and info["source"] != "scenes":
+        raise UserError(f"{settings.run} was not trained on scenes, which --score is for")
     if settings.score:
-        if info["source"] != "scenes":
-            raise UserError(f"{settings.run} was not trained on scenes, which --score is for")
-        pipeline = load_pipeline(folder, info, compute)
-        for name, share in score(pipeline, 512, *how).items():
+        network = load_network(settings.run, folder).to(compute.device).eval()
+        for name, share in score(Pipeline(network, info, compute), 512, *how).items():
             print(f"{name:12}{share:7.1%}")
         return
     words = {word for text in settings.prompts for word in Words(512).tokenize(text)}
@@ -309,10 +332,8 @@ def sample(settings):
     prompts = [text for text in settings.prompts or info["examples"] for _ in range(settings.n)]
     seeds = [settings.seed + number % settings.n for number in range(len(prompts))]
     embeddings = encode_prompts(prompts, info, compute)
-    pipeline = load_pipeline(folder, info, compute)
-    side = pipeline.codec.factor * pipeline.model.config.patch_size
-    if settings.height % side or settings.width % side:
-        raise UserError(f"--height and --width have to be multiples of {side} for {settings.run}")
+    network = load_network(settings.run, folder).to(compute.device).eval()
+    pipeline = Pipeline(network, info, compute)
     pictures = pipeline.draw(embeddings, seeds, *how, settings.height, settings.width)
     out = Path(settings.out)
     if out.suffix.lower() in (".png", ".jpg", ".jpeg"):

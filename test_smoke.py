@@ -416,12 +416,14 @@ def official(tmp_path_factory):
     transformer = random_prx(in_channels=16, context_in_dim=48)
     for parameter in transformer.parameters():
         parameter.data *= 3  # such that prompts make a difference
-    transformer.save_pretrained("transformer")
+    transformer.save_pretrained(folder.parent / "transformer")
     vae = diffusers.AutoencoderTiny(latent_channels=16)
     for parameter in vae.parameters():
         parameter.data *= 1.7
     pipeline = diffusers.PRXPipeline(
-        diffusers.PRXTransformer2DModel.from_pretrained("transformer", low_cpu_mem_usage=False),
+        diffusers.PRXTransformer2DModel.from_pretrained(
+            folder.parent / "transformer", low_cpu_mem_usage=False
+        ),
         diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
         text_encoder,
         tokenizer,
@@ -910,7 +912,7 @@ def test_captions_of_an_image_folder_are_read(ending, capsys):
             csv.writer(file).writerows([("file_name", "caption"), *rows, ("",)])
     latents, output = prepare_folder("photos", capsys)
     assert set(latents) == {'an "a", with more', "a b", "c1", "c2"}
-    assert "2 x line of metadata without its picture: photos/train/lost.png" in output
+    assert "2 x line of metadata that names no picture: photos/train/lost.png" in output
 
 
 def test_two_prepare_into_one_folder_are_refused():
@@ -1205,7 +1207,7 @@ def test_held_out_pictures_are_chosen_by_content_and_never_trained_on(scenes):
     assert len(held_out) == 14  # seven digests of 300, each twice
     assert not set(digests[trained]) & set(digests[held_out])
     settings = train.Settings(batch_size=100, steps=30)
-    seen = {number for batch in train.batches(trained, settings, 0, 0, 1) for number in batch}
+    seen = {number for batch in train.index_batches(trained, settings, 0, 0, 1) for number in batch}
     assert seen == set(trained)
     assert len(cache.split(0)[1]) == 0
     assert len(cache.split(0.001)[1]) == 0  # too few to tell anything

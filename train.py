@@ -8,6 +8,7 @@ The same command again goes on where the run stopped. The folder of a run, out/s
 """
 
 import copy
+import csv
 import dataclasses
 import hashlib
 import importlib.util
@@ -17,7 +18,6 @@ import os
 import pickle
 import signal
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -36,13 +37,22 @@ from model import (
     UserError,
     pad,
     pick_device,
+    read_config,
     read_json,
     sample_timesteps,
     velocity,
     whole_file,
     write_json,
 )
-from sample import Pipeline, encode_prompts, find_model, grid, score
+from sample import (
+    Pipeline,
+    encode_prompts,
+    grid,
+    load_network,
+    pictures_at_once,
+    read_info,
+    score,
+)
 
 
 @dataclasses.dataclass
@@ -51,7 +61,9 @@ class Settings:
 
     data: Annotated[str, "a cache that prepare.py wrote"] = "data/scenes"
     out: Annotated[str, "folder of the run; '': out/ and the cache's name"] = ""
-    init: Annotated[str, "a run or an official PRX to begin with; its sizes, predict, shift"] = ""
+    init: Annotated[
+        str, "a run or an official PRX to begin with, whose sizes, predict and shift stay"
+    ] = ""
     steps: Annotated[int, "optimizer steps; with more a finished run goes on"] = 1200
     batch_size: Annotated[int, "pictures in a step, over all processes"] = 128
     micro_batch: Annotated[int, "pictures a process takes at once, to save memory; 0: all"] = 0
@@ -67,9 +79,7 @@ class Settings:
     mlp_ratio: Annotated[float, "width of the MLP over hidden size (PRX: 3.5)"] = 3.0
     bottleneck: Annotated[int, "width of the bottleneck of pixel patches (PRX: 256); 0: none"] = 64
     predict: Annotated[Literal["x", "v"], "clean picture (JiT; PRX on pixels) or velocity"] = "x"
-    t_floor: Annotated[float, "below this t the loss weighs errors no higher (JiT, PRX: 0.05)"] = (
-        0.3
-    )
+    t_floor: Annotated[float, "smallest t that the loss divides by (JiT, PRX: 0.05)"] = 0.3
     shift: Annotated[float, "timestep shift, in sampling too (PRX: 3 at 1024 px)"] = 2.0
     repa: Annotated[float, "weight of REPA, with a teacher (PRX: 0.5, FID 14.64)"] = 0.0
     repa_until: Annotated[float, "share of the run after which REPA ends (PRX: early)"] = 1.0
@@ -119,29 +129,33 @@ class Cache:
             raise UserError(f"{folder} is no whole cache, prepare it anew: {error}") from error
 
     def split(self, share):
-        """Numbers of the examples to train on, and of those held out: a share, at most about 1,024,
-        by the content of the pictures, so that equal ones stand on one side. Fewer than four are
-        no measure: then none is held out."""
+        """The indices of the examples to train on, and of those held out: a share, at most about
+        1,024. A hash of the pixels decides, so that equal pictures are on the same side. Fewer than
+        four would tell nothing; then none is held out."""
         digests = np.concatenate([shard["digest"] for shard in self.shards])  # (N,) uint32
-        is_held_out = digests < min(share, 1024 / len(digests)) * 2**32
+        is_held_out = digests < min(share, 1024 / len(digests)) * 2**32  # hashes are uniform
         if not 4 <= is_held_out.sum() < len(digests):
             is_held_out[:] = False
         return np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
 
-    def captions(self, numbers):
-        """The captions of some examples."""
-        folders = [self.folder / name for name in self.meta["shards"]]
-        captions = [text for folder in folders for text in prepare.read_captions(folder)]
-        return [captions[number] for number in numbers]
+    def captions(self, indices):
+        """The captions of the examples with these indices, in the order of the cache."""
+        captions = []
+        for name, start in zip(self.meta["shards"], self.starts, strict=False):
+            rows = [index - start for index in indices if 0 <= index - start < prepare.SHARD_SIZE]
+            if rows:
+                texts = prepare.read_captions(self.folder / name)
+                captions += [texts[row] for row in rows]
+        return captions
 
-    def load(self, numbers):
+    def load(self, indices):
         """Examples as [latents (B, C, H, W) as stored, text (B, tokens, D) padded with zeros] and,
         with a teacher, its features (B, D, h, w)."""
-        text = np.zeros((len(numbers), self.meta["tokens"], self.meta["text_dim"]), np.float32)
+        text = np.zeros((len(indices), self.meta["tokens"], self.meta["text_dim"]), np.float32)
         latents, features = [], []
-        for place, number in enumerate(numbers):
-            index = np.searchsorted(self.starts, number, "right") - 1
-            shard, row = self.shards[index], number - self.starts[index]
+        for place, index in enumerate(indices):
+            number = np.searchsorted(self.starts, index, "right") - 1
+            shard, row = self.shards[number], index - self.starts[number]
             start, stop = shard["offsets"][row : row + 2]
             text[place, : stop - start] = shard["text"][start:stop]
             latents.append(shard["latents"][row])
@@ -150,29 +164,18 @@ class Cache:
         arrays = [np.stack(latents), text] + ([np.stack(features)] if features else [])
         return [torch.from_numpy(array) for array in arrays]
 
-    def load_ahead(self, batches):
-        """Yield `load` of each batch of numbers; a thread loads the next one meanwhile."""
-        with ThreadPoolExecutor(1) as pool:
-            ahead = None
-            for numbers in batches:
-                batch, ahead = ahead, pool.submit(self.load, numbers)  # which begins at once
-                if batch is not None:
-                    yield batch.result()
-            if ahead is not None:
-                yield ahead.result()
 
-
-def batches(numbers, settings, first_step, rank, world_size):
-    """For each step those of the cache's numbers that this process trains on, from seed and step
-    alone, so that a resumed run goes on in order. A batch may reach into the next epoch."""
+def index_batches(indices, settings, first_step, rank, world_size):
+    """Yield for each step the indices of this process's examples. Seed and step alone decide, so
+    that a resumed run sees the same order. A batch may reach into the next epoch."""
     epoch, order = None, None
     for step in range(first_step, settings.steps):
         batch = []
         for n in range(step * settings.batch_size, (step + 1) * settings.batch_size):
-            if n // len(numbers) != epoch:
-                epoch = n // len(numbers)
-                order = np.random.default_rng((settings.seed, epoch)).permutation(numbers)
-            batch.append(order[n % len(numbers)])
+            if n // len(indices) != epoch:
+                epoch = n // len(indices)
+                order = np.random.default_rng((settings.seed, epoch)).permutation(indices)
+            batch.append(order[n % len(indices)])
         yield batch[rank::world_size]
 
 
@@ -204,11 +207,11 @@ def make_model(settings, meta):
 
 
 def start_from(settings, meta):
-    """The network of --init with its weights, and the info to draw with it: how it was trained, and
-    on which statistics, must not change. Raises UserError where the cache does not fit it."""
-    folder, info = find_model(settings.init)
-    source = PRX.from_pretrained(folder)
-    config, data = source.config, settings.data
+    """The network of --init, and the info to draw with it. Its weights depend on how they were
+    trained (prediction, shift, mask) and on the mean and std of latents, so these are kept. Raises
+    UserError where the cache does not fit."""
+    folder, info = read_info(settings.init)
+    config, data = read_config(folder), settings.data
     for name, size in (("patch_size", "patch_size"), ("width", "hidden_size"), ("depth", "depth")):
         if getattr(settings, name) not in (0, getattr(config, size)):
             given = f"--{name.replace('_', '-')} {getattr(settings, name)}"
@@ -218,8 +221,8 @@ def start_from(settings, meta):
             f"{data} has text embeddings of width {meta['text_dim']} ({meta['text']}), and "
             f"{settings.init} takes {config.context_in_dim}: prepare with --text {info['text']}"
         )
-    codecs = {meta["codec"], info["codec"]}
-    is_other = len(codecs) == 2 and not any("/" in name for name in codecs)  # folders may be copies
+    codecs = {name.removeprefix("madebyollin/") for name in (meta["codec"], info["codec"])}
+    is_other = len(codecs) == 2 and not any(Path(name).is_dir() for name in codecs)  # or copies
     if is_other or meta["latent_shape"][0] != config.in_channels:
         raise UserError(
             f"{data} has latents of {meta['codec']}, and {settings.init} takes those of "
@@ -228,9 +231,10 @@ def start_from(settings, meta):
     if meta["latent_shape"][1] % config.patch_size:
         raise UserError(f"{data}: the side of the latents is no multiple of {config.patch_size}")
     model = PRX(config, meta["teacher_dim"] if settings.repa else None)
-    model.load_state_dict(source.state_dict(), strict=False)  # which has no projector
+    weights = load_network(settings.init, folder).state_dict()
+    model.load_state_dict(weights, strict=False)  # a projector is not saved
     kept = ("predict", "shift", "mask", "mean", "std", "steps", "guidance")
-    return model, meta | {key: info[key] for key in kept if key in info}
+    return model, meta | {"mask": False} | {key: info[key] for key in kept if key in info}
 
 
 class Muon(torch.optim.Optimizer):
@@ -246,14 +250,16 @@ class Muon(torch.optim.Optimizer):
         """Update all matrices, those of one shape together."""
         group, by_shape = self.param_groups[0], {}
         for p in group["params"]:
-            average = self.state[p].setdefault("momentum", torch.zeros_like(p))
-            average.lerp_(p.grad, 1 - group["momentum"])
+            if "average" not in self.state[p]:
+                self.state[p]["average"] = torch.zeros_like(p)
+            self.state[p]["average"].lerp_(p.grad, 1 - group["momentum"])
             by_shape.setdefault(p.shape, []).append(p)
-        chunks = []  # of at most 16, as the work below takes several times their memory
+        chunks = []  # of at most 2^26 numbers, as the work below takes several times their memory
         for parameters in by_shape.values():
-            chunks += [parameters[first : first + 16] for first in range(0, len(parameters), 16)]
+            size = max(1, 2**26 // parameters[0].numel())
+            chunks += [parameters[i : i + size] for i in range(0, len(parameters), size)]
         for parameters in chunks:
-            averages = torch.stack([self.state[p]["momentum"] for p in parameters])
+            averages = torch.stack([self.state[p]["average"] for p in parameters])
             gradients = torch.stack([p.grad for p in parameters])
             updates = gradients.lerp(averages, group["momentum"])  # Nesterov's look ahead
             updates = orthogonalize(updates.to(self.dtype)).float()
@@ -262,14 +268,21 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(x):
-    """Bring the singular values of matrices x (N, rows, columns) near 1 by Newton-Schulz steps.
+    """`newton_schulz` of matrices x (N, rows, columns). Several processes share the work: each
+    takes every world_size-th matrix, and they exchange the results."""
+    if not dist.is_initialized():
+        return newton_schulz(x)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    filler = x.new_zeros(-len(x) % world_size, *x.shape[1:])  # so that each has as many
+    share = newton_schulz(torch.cat((x, filler))[rank::world_size]).contiguous()
+    shares = [torch.empty_like(share) for _ in range(world_size)]
+    dist.all_gather(shares, share)
+    return torch.stack(shares, dim=1).flatten(0, 1)[: len(x)]  # in the first order again
 
-    With several processes each takes every world_size-th matrix, and they exchange the results.
-    """
-    count, world_size = len(x), dist.get_world_size() if dist.is_initialized() else 1
-    if world_size > 1:
-        filler = x.new_zeros(-count % world_size, *x.shape[1:])  # the same number for each
-        x = torch.cat((x, filler))[dist.get_rank() :: world_size]
+
+def newton_schulz(x):
+    """Bring the singular values of matrices x (N, rows, columns) near 1, by five steps of a
+    polynomial in x that moves them there."""
     is_tall = x.shape[1] > x.shape[2]
     x = x.mT if is_tall else x  # the smaller Gram matrix
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
@@ -277,12 +290,7 @@ def orthogonalize(x):
         gram = x @ x.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
         x = torch.baddbmm(x, polynomial, x, beta=3.4445)
-    x = (x.mT if is_tall else x).contiguous()
-    if world_size > 1:
-        shares = [torch.empty_like(x) for _ in range(world_size)]
-        dist.all_gather(shares, x)
-        x = torch.stack(shares, dim=1).flatten(0, 1)[:count]  # in the first order again
-    return x
+    return x.mT if is_tall else x
 
 
 def make_optimizers(model, settings, compute):
@@ -353,17 +361,26 @@ def compute_loss(model, batch, info, t_floor):
         if keep is not None:
             wanted = wanted.take_along_dim(keep[:, :, None], dim=1)
         repa = 1 - F.cosine_similarity(tokens.float(), wanted, dim=2).mean()
+    # For "v" this is the error of the output itself, for "x" its error over max(t, t_floor)^2.
     truth = x if info["predict"] == "x" else noise - x
-    how = (x_t, t, info["predict"], t_floor)  # which damps both alike near t = 0
-    return F.mse_loss(velocity(output.float(), *how), velocity(truth, *how)), repa
+    predicted = velocity(output.float(), x_t, t, info["predict"], t_floor)
+    return F.mse_loss(predicted, velocity(truth, x_t, t, info["predict"], t_floor)), repa
+
+
+def learning_rate_factor(step, settings):
+    """Linear warm-up from 0 to 1, and a linear cool-down to 0 at the end."""
+    warmup = (step + 1) / max(1, settings.warmup)
+    cooldown = (settings.steps - step) / max(1, settings.cooldown * settings.steps)
+    return min(1, warmup, cooldown)
 
 
 def train_step(model, run, batch, compute):
     """One step of all optimizers. Returns (3,): error of velocities, REPA's, norm of gradients."""
     settings, count = run.settings, len(batch["x"])
-    # At its end REPA's weight becomes 0, as DDP wants gradients for all parameters.
+    # After repa_until REPA counts 0 times. It is still computed, as DDP needs a gradient for each
+    # parameter.
     repa_weight = settings.repa if run.step < settings.repa_until * settings.steps else 0.0
-    total, micro = 0, settings.micro_batch or count
+    losses, micro = torch.zeros(2, device=batch["x"].device), settings.micro_batch or count
     for first in range(0, count, micro):
         part = {name: each[first : first + micro] for name, each in batch.items()}
         model.require_backward_grad_sync = first + micro >= count  # of DDP: with the last part
@@ -371,16 +388,15 @@ def train_step(model, run, batch, compute):
             mse, repa = compute_loss(model, part, run.info, settings.t_floor)
         share = len(part["x"]) / count
         run.scaler.scale((mse + repa_weight * repa) * share).backward()
-        total += torch.stack((mse, repa)).detach() * share
+        losses += torch.stack((mse, repa)).detach() * share
     for optimizer in run.optimizers:
         run.scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
-    warmup = (run.step + 1) / max(1, settings.warmup)
-    cooldown = (settings.steps - run.step) / max(1, settings.cooldown * settings.steps)
     # In float16 gradients overflow now and then. The step is left out, and the scale made smaller.
     overflows = run.scaler.is_enabled() and not norm.isfinite()
+    factor = learning_rate_factor(run.step, settings)
     for optimizer, rate in zip(run.optimizers, (settings.lr, settings.muon_lr), strict=False):
-        optimizer.param_groups[0]["lr"] = rate * min(1, warmup, cooldown)
+        optimizer.param_groups[0]["lr"] = rate * factor
         if not overflows:
             run.scaler.step(optimizer)
         optimizer.zero_grad()
@@ -389,7 +405,7 @@ def train_step(model, run, batch, compute):
         pair = list(run.ema.parameters()), list(run.model.parameters())
         torch._foreach_lerp_(*pair, 1 - settings.ema)
     run.step += 1
-    return torch.cat((total, norm[None]))
+    return torch.cat((losses, norm[None]))
 
 
 # Bands of timesteps, as PRX reports them, by their column in log.csv.
@@ -397,14 +413,15 @@ BANDS = {"held_out_low": (0.0, 0.3), "held_out_middle": (0.3, 0.6), "held_out_hi
 
 
 @torch.no_grad()
-def validate(run, cache, numbers, compute):
+def validate(run, cache, indices, compute):
     """Errors of velocities of held-out examples by the averaged weights, by band of timesteps; None
     if nothing is held out. Noise and timesteps are fixed: only the weights make a difference."""
-    if len(numbers) == 0:
+    if len(indices) == 0:
         return dict.fromkeys(BANDS)
     errors = dict.fromkeys(BANDS, 0.0)
-    for first in range(0, len(numbers), 64):
-        examples = cache.load(numbers[first : first + 64])[:2]
+    at_once = pictures_at_once(run.info["latent_shape"])
+    for first in range(0, len(indices), at_once):
+        examples = cache.load(indices[first : first + at_once])[:2]
         latents, text = (example.to(compute.device) for example in examples)
         batch = {"x": normalize(latents, run.info), "text": text}
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(first))
@@ -414,7 +431,7 @@ def validate(run, cache, numbers, compute):
             batch["t"] = low + (high - low) * places
             with compute.autocast():
                 mse, _ = compute_loss(run.ema, batch, run.info, run.settings.t_floor)
-            errors[band] += mse.item() * len(text) / len(numbers)
+            errors[band] += mse.item() * len(text) / len(indices)
     return errors
 
 
@@ -439,12 +456,13 @@ class Run:
         self.parts = {"model": self.model, "ema": self.ema, "scaler": self.scaler}
         self.parts |= {f"optimizer {number}": each for number, each in enumerate(self.optimizers)}
         # What must not change when a run goes on. Steps, learning rates and the like may.
-        names = ("seed", "batch_size", "held_out", "optimizer", "repa", "route")
-        self.decisive = {name: getattr(settings, name) for name in names}
-        self.decisive |= {name: self.info[name] for name in ("predict", "shift", "mask")}
-        self.decisive |= dataclasses.asdict(self.model.config)
         digest = hashlib.md5(json.dumps(meta, sort_keys=True).encode()).hexdigest()
-        self.decisive["data"] = f"the cache with digest {digest[:8]}"
+        self.decisive = {"data": f"the cache with digest {digest[:8]}"}
+        names = ("init", "seed", "batch_size", "held_out", "optimizer", "repa", "route")
+        self.decisive |= {name: getattr(settings, name) for name in names}
+        names = ("predict", "shift", "mask", "mean", "std")
+        self.decisive |= {name: self.info[name] for name in names}
+        self.decisive |= dataclasses.asdict(self.model.config)
 
     def save(self, folder):
         """Write the checkpoint, and the average with all it takes to draw. Raises UserError."""
@@ -461,7 +479,7 @@ class Run:
     def load(self, folder):
         """Go on from a folder's checkpoint. Raises UserError if it is of another run, or broken."""
         try:
-            state = torch.load(folder / "ckpt.pt", map_location=self.device, weights_only=True)
+            state = torch.load(folder / "ckpt.pt", map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise UserError(f"{folder}/ckpt.pt cannot be read; use a new --out: {error}") from error
         prepare.refuse_differences(folder, state["decisive"], self.decisive)
@@ -473,7 +491,7 @@ class Run:
     def trim_log(self, path):
         """Take the rows behind the checkpoint out of log.csv, as these steps come again."""
         lines = path.read_text().splitlines(keepends=True)
-        rows = [line for line in lines[1:] if int(line.split(",")[0]) <= self.step]
+        rows = [line for line in lines[1:] if line.strip() and int(line.split(",")[0]) <= self.step]
         with whole_file(path) as file:
             file.write("".join(lines[:1] + rows).encode())
 
@@ -494,7 +512,7 @@ class Run:
             "repa_loss": repa_loss,
             "grad_norm": norm,
             "lr": rates[0],
-            "muon_lr": rates[-1],
+            "muon_lr": rates[1] if len(rates) == 2 else None,
             "pictures_per_second": len(rows) * self.settings.batch_size / seconds,
         }
 
@@ -504,8 +522,8 @@ def append_row(path, row):
     with open(path, "a") as file:
         if file.tell() == 0:
             file.write(",".join(row) + "\n")
-        texts = ("" if value is None else f"{value:.6g}" for value in row.values())
-        file.write(",".join(texts) + "\n")
+        values = {name: f"{x:.6g}" if isinstance(x, float) else x for name, x in row.items()}
+        csv.DictWriter(file, row, lineterminator="\n").writerow(values)
 
 
 # ------------------------------------------------------------------------------------ what it tells
@@ -560,7 +578,7 @@ def report(run, compute, compiles, trained, held_out, prompts, world_size):
 
 
 def save_grid(folder, pipeline, embeddings, step):
-    """Draw the examples of the run into samples/."""
+    """Draw the prompts of the run into samples/."""
     prompts = pipeline.info["examples"]
     sheet = grid(pipeline.draw(embeddings, range(len(prompts))), prompts, 6)
     with whole_file(folder / "samples" / f"step_{step:06d}.png") as file:
@@ -590,6 +608,15 @@ def can_compile(settings, compute):
     return has_triton and torch.cuda.get_device_capability() >= (7, 0)  # as it demands
 
 
+def wrap_model(run, compiles, world_size):
+    """The model as it is trained: compiled, if so wanted, and in DDP, if there are others."""
+    if compiles:
+        run.model.compile()
+    if world_size == 1:
+        return run.model
+    return DistributedDataParallel(run.model, gradient_as_bucket_view=True)
+
+
 def read_prompts(settings, cache, held_out):
     """The prompts of sample grids, twelve at most. Raises UserError if the file holds none."""
     if settings.prompts:
@@ -598,7 +625,7 @@ def read_prompts(settings, cache, held_out):
         except (OSError, ValueError) as error:
             raise UserError(f"--prompts {settings.prompts} cannot be read: {error}") from error
     elif len(held_out):
-        lines = cache.captions(held_out)
+        lines = cache.captions(held_out[:100])
     else:
         lines = cache.meta["examples"]
     prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))[:12]
@@ -628,7 +655,7 @@ def train(settings):
         raise UserError(f"--out {folder} cannot be written: {error}") from error
     trained, held_out = cache.split(settings.held_out)
     prompts = read_prompts(settings, cache, held_out)
-    run.info["examples"] = prompts  # which sample.py draws, too
+    run.info["examples"] = prompts  # sample.py draws them, too
     if (folder / "ckpt.pt").exists():
         run.load(folder)
         if rank == 0 and (folder / "log.csv").exists():
@@ -637,10 +664,8 @@ def train(settings):
     compiles = can_compile(settings, compute)
     if rank == 0:
         report(run, compute, compiles, trained, held_out, prompts, world_size)
-    if compiles:
-        run.model.compile()
-    model = torch.nn.parallel.DistributedDataParallel(run.model) if world_size > 1 else run.model
-    train_steps(model, run, cache, (trained, held_out), pipeline, folder, rank, world_size)
+    model = wrap_model(run, compiles, world_size)
+    train_loop(model, run, cache, (trained, held_out), pipeline, folder, rank, world_size)
     if rank == 0 and run.step < settings.steps:
         print(f"stopped at step {run.step} and saved; the same command goes on")
     elif rank == 0:
@@ -663,7 +688,7 @@ def stop_on_signals():
     return stop_asked
 
 
-def train_steps(model, run, cache, split, pipeline, folder, rank, world_size):
+def train_loop(model, run, cache, split, pipeline, folder, rank, world_size):
     """The loop: steps until the last or until told to stop, with samples and checkpoints. split is
     that of the cache."""
     settings, compute, (trained, held_out) = run.settings, pipeline.compute, split
@@ -671,27 +696,29 @@ def train_steps(model, run, cache, split, pipeline, folder, rank, world_size):
     embeddings = encode_prompts(run.info["examples"], run.info, compute)
     null_text = pad(embeddings[:1], max(cache.meta["tokens"], len(embeddings[0])))  # (1, T, D)
     null_text = null_text.to(compute.device)
-    mfu_of_one = flops_per_picture(run) / matrix_rate(compute) / world_size  # a second
-    numbers = batches(trained, settings, run.step, rank, world_size)
+    # Pictures a second times this is the model FLOPs utilisation of all devices.
+    mfu_factor = flops_per_picture(run) / matrix_rate(compute) / world_size
+    indices = index_batches(trained, settings, run.step, rank, world_size)
     bar = tqdm(total=settings.steps, initial=run.step, disable=rank > 0 or None)
     rows, began, row_began = [], time.perf_counter() - run.seconds, time.perf_counter()
-    for examples in cache.load_ahead(numbers):
+    for examples in prepare.load_ahead(indices, cache.load):
         examples = [example.to(compute.device) for example in examples]
         batch = make_batch(examples, null_text, run, rank, world_size)
         rows.append(train_step(model, run, batch, compute))
         bar.update()
-        stops = stop_asked.clone()
+        stops = stop_asked.clone()  # as a signal may come any time
         if world_size > 1:
             dist.all_reduce(stops)  # told to stop, all stop at the same step
         is_last = run.step == settings.steps
         samples = is_last or run.step % settings.sample_every == 0
         saves = is_last or stops > 0 or run.step % settings.save_every == 0
-        if samples or saves or run.step % 10 == 0:  # reading the loss waits for the device
+        logs = samples or saves or run.step % 10 == 0  # reading the loss waits for the device
+        if logs:
             row = run.measure(rows, time.perf_counter() - row_began, world_size)
-            row["mfu"] = row["pictures_per_second"] * mfu_of_one
+            row["mfu"] = row["pictures_per_second"] * mfu_factor
             run.seconds = row["seconds"] = time.perf_counter() - began
-            tests = samples and rank == 0
-            row |= validate(run, cache, held_out, compute) if tests else dict.fromkeys(BANDS)
+            validates = samples and rank == 0
+            row |= validate(run, cache, held_out, compute) if validates else dict.fromkeys(BANDS)
             if rank == 0:
                 append_row(folder / "log.csv", row)
             bar.set_postfix(loss=row["loss"])
@@ -700,7 +727,7 @@ def train_steps(model, run, cache, split, pipeline, folder, rank, world_size):
             bar.write(", ".join(f"{name} {row[name]:.4g}" for name in row if row[name] is not None))
         if saves and rank == 0:
             run.save(folder)
-        if samples or saves or run.step % 10 == 0:
+        if logs:  # drawing and saving do not count in the pictures a second
             rows, row_began = [], time.perf_counter()
         if stops > 0:
             break
