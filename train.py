@@ -518,12 +518,15 @@ class Run:
 
 
 def append_row(path, row):
-    """Append a row, a dict, to a CSV file, which begins with the names."""
-    with open(path, "a") as file:
-        if file.tell() == 0:
-            file.write(",".join(row) + "\n")
-        values = {name: f"{x:.6g}" if isinstance(x, float) else x for name, x in row.items()}
-        csv.DictWriter(file, row, lineterminator="\n").writerow(values)
+    """Append a row, a dict, to a CSV file, which begins with the names. Raises UserError."""
+    try:
+        with open(path, "a") as file:
+            writer = csv.DictWriter(file, row, lineterminator="\n")
+            if file.tell() == 0:
+                writer.writeheader()
+            writer.writerow({k: f"{x:.6g}" if isinstance(x, float) else x for k, x in row.items()})
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error}") from error
 
 
 # ------------------------------------------------------------------------------------ what it tells
@@ -701,6 +704,7 @@ def train_loop(model, run, cache, split, pipeline, folder, rank, world_size):
     indices = index_batches(trained, settings, run.step, rank, world_size)
     bar = tqdm(total=settings.steps, initial=run.step, disable=rank > 0 or None)
     rows, began, row_began = [], time.perf_counter() - run.seconds, time.perf_counter()
+    errors = {}  # of the last validation
     for examples in prepare.load_ahead(indices, cache.load):
         examples = [example.to(compute.device) for example in examples]
         batch = make_batch(examples, null_text, run, rank, world_size)
@@ -717,11 +721,13 @@ def train_loop(model, run, cache, split, pipeline, folder, rank, world_size):
             row = run.measure(rows, time.perf_counter() - row_began, world_size)
             row["mfu"] = row["pictures_per_second"] * mfu_factor
             run.seconds = row["seconds"] = time.perf_counter() - began
-            validates = samples and rank == 0
-            row |= validate(run, cache, held_out, compute) if validates else dict.fromkeys(BANDS)
+            row |= dict.fromkeys(BANDS)  # empty, where nothing is measured
+            if samples and rank == 0:
+                errors = validate(run, cache, held_out, compute)
+                row |= errors
             if rank == 0:
                 append_row(folder / "log.csv", row)
-            bar.set_postfix(loss=row["loss"])
+            bar.set_postfix(loss=row["loss"], **errors)
         if samples and rank == 0:
             save_grid(folder, pipeline, embeddings, run.step)
             bar.write(", ".join(f"{name} {row[name]:.4g}" for name in row if row[name] is not None))
