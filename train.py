@@ -542,7 +542,7 @@ def matrix_rate(compute):
     return 2 * side**3 / min(seconds)
 
 
-def flops_per_picture(run):
+def flops_per_picture(run, compute):
     """Floating-point operations to train on one picture: those of the forward pass, counted, and
     twice as many backward. Model FLOPs utilisation (arXiv 2204.02311) is this times the pictures a
     second, over `matrix_rate`."""
@@ -552,7 +552,7 @@ def flops_per_picture(run):
     kept = count_kept(height * width // run.model.config.patch_size**2, run.settings)
     keep = torch.arange(kept, device=run.device)[None] if run.settings.route else None
     plain = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)  # can be counted
-    with torch.no_grad(), plain, FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), plain, FlopCounterMode(display=False) as counter, compute.autocast():
         run.ema(latents, latents.new_ones(1), text, keep=keep)
     return 3 * counter.get_total_flops()
 
@@ -700,7 +700,7 @@ def train_loop(model, run, cache, split, pipeline, folder, rank, world_size):
     null_text = pad(embeddings[:1], max(cache.meta["tokens"], len(embeddings[0])))  # (1, T, D)
     null_text = null_text.to(compute.device)
     # Pictures a second times this is the model FLOPs utilisation of all devices.
-    mfu_factor = flops_per_picture(run) / matrix_rate(compute) / world_size
+    mfu_factor = flops_per_picture(run, compute) / matrix_rate(compute) / world_size
     indices = index_batches(trained, settings, run.step, rank, world_size)
     bar = tqdm(total=settings.steps, initial=run.step, disable=rank > 0 or None)
     rows, began, row_began = [], time.perf_counter() - run.seconds, time.perf_counter()
