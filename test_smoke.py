@@ -595,6 +595,14 @@ def test_a_cache_that_does_not_fit_the_first_weights_is_refused(
         train.start_from(settings, meta)
 
 
+def test_other_statistics_than_those_of_the_first_run_are_refused(trained, scenes):
+    settings = train.Settings(data=str(scenes), init=str(trained))
+    meta = model.read_json(scenes / "meta.json")
+    assert train.start_from(settings, meta)[1]["mean"] == meta["mean"]
+    with pytest.raises(model.UserError, match="another mean or std"):
+        train.start_from(settings, meta | {"mean": [9.0, 9.0, 9.0]})
+
+
 def test_checkpointed_blocks_have_the_same_gradients():
     gradients = []
     network = random_prx(in_channels=3, patch_size=8)

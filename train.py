@@ -228,6 +228,13 @@ def start_from(settings, meta):
             f"{data} has latents of {meta['codec']}, and {settings.init} takes those of "
             f"{info['codec']}: prepare with --codec {info['codec']}"
         )
+    offset = (np.array(meta["mean"]) - info["mean"]) / info["std"]
+    ratio = np.array(meta["std"]) / info["std"]
+    is_far = abs(offset).max() > 3 or ratio.max() > 10 or ratio.min() < 1 / 10
+    if is_far and not info.get("mask"):  # official models have 0 and 1, not statistics
+        raise UserError(
+            f"the latents of {data} have another mean or std than {settings.init} knows"
+        )
     if meta["latent_shape"][1] % config.patch_size:
         raise UserError(f"{data}: the side of the latents is no multiple of {config.patch_size}")
     model = PRX(config, meta["teacher_dim"] if settings.repa else None)
