@@ -12,7 +12,6 @@ import math
 import os
 import re
 import unicodedata
-import urllib.parse
 from functools import partial
 from pathlib import Path
 
@@ -482,6 +481,9 @@ def load_codec(name, compute):
 
 
 # ----------------------------------------------------------------- frozen: captions to embeddings
+MAX_TOKENS = 256  # where captions are cut, as PRX does
+
+
 class Words:
     """Text embeddings that need no download, for captions of a few hundred different words.
 
@@ -490,9 +492,6 @@ class Words:
     """
 
     dim = 3 * 32
-
-    def __init__(self, max_tokens):
-        self.max_tokens = max_tokens
 
     def tokenize(self, text):
         """Its words in lower case, without articles; Chinese and Japanese by the character."""
@@ -503,10 +502,10 @@ class Words:
         return [word for word in words if word not in ("a", "an", "the")]
 
     def encode(self, captions):
-        """A list of (L, 96), L <= max_tokens; of the empty caption L is 0."""
+        """A list of (L, 96), L <= MAX_TOKENS; of the empty caption L is 0."""
         embeddings = []
         for caption in captions:
-            words = self.tokenize(caption)[: self.max_tokens]
+            words = self.tokenize(caption)[:MAX_TOKENS]
             digests = [hashlib.shake_256(word.encode()).digest(32) for word in words]
             vectors = np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32)
             vectors = (vectors / 127.5 - 1) * math.sqrt(3)  # uniform, of variance 1
@@ -531,9 +530,9 @@ class T5(nn.Module):
 
     unknown, end = 2, 1  # ids
 
-    def __init__(self, config, tokenizer, max_tokens):
+    def __init__(self, config, tokenizer):
         super().__init__()
-        self.dim, self.heads, self.max_tokens = config["d_model"], config["num_heads"], max_tokens
+        self.dim, self.heads = config["d_model"], config["num_heads"]
         vocabulary = tokenizer["model"]["vocab"]
         self.pieces = {piece: (score, id) for id, (piece, score) in enumerate(vocabulary)}
         self.shared = nn.Embedding(config["vocab_size"], self.dim)
@@ -564,7 +563,7 @@ class T5(nn.Module):
     def split_word(self, word):
         """The most probable pieces, by Viterbi's algorithm (arXiv 1804.10959): the best split of
         each beginning of the word is that of a shorter one and one more piece."""
-        word = word[: 16 * self.max_tokens]  # no piece is longer than 16 letters
+        word = word[: 16 * MAX_TOKENS]  # no piece is longer than 16 letters
         best = [(0.0, [])]  # score and ids for the first 0, 1, 2, ... letters
         for stop in range(1, len(word) + 1):
             score, ids = best[stop - 1]
@@ -578,9 +577,9 @@ class T5(nn.Module):
         return best[-1][1]
 
     def encode(self, captions):
-        """A list of (L, dim), L <= max_tokens; the end stays when a caption is cut."""
+        """A list of (L, dim), L <= MAX_TOKENS; the end stays when a caption is cut."""
         rows = [self.tokenize(caption)[:-1] for caption in captions]
-        return embed_rows(self, [row[: self.max_tokens - 1] + [self.end] for row in rows])
+        return embed_rows(self, [row[: MAX_TOKENS - 1] + [self.end] for row in rows])
 
     def forward(self, ids):
         """ids (B, L), -1 at padding, to (B, L, dim)."""
@@ -604,30 +603,21 @@ class T5(nn.Module):
         return self.encoder["final_layer_norm"](x)
 
 
-# Most of what the official PRX takes out of prompts, in diffusers' order. Left out are rules
-# against advertising and for addresses of computers.
+# What diffusers does to a plain English prompt, in its order. It also takes out addresses, names of
+# files, long numbers and Chinese.
 CLEANING = (
-    (r"\b(https?:/{1,3}|[a-z0-9.-]+\.(com|co|ru|net|org|edu|gov|it)[\w/-]*\b/?(?!@))", ""),
-    (r"@\w+", ""),
-    ("[\u31c0-\u9fff]+", ""),  # Chinese
-    ("[\u2010-\u2015\u301c\uff0d-]+", "-"),
-    ("[`´«»¨]", '"'),
+    ("[\u2010-\u2015-]+", "-"),
+    ("[`´«»¨\u201c-\u201f]", '"'),  # quotes that lean
+    ("[\u2018-\u201b]", "'"),
     ("&quot;?|&amp", ""),
-    (r"#\d{1,3}\b|#\d{5,}\b|\b\d{6,}\b", ""),
-    (r"\S+\.(png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4)", ""),
     ("[\"']{2,}", '"'),
     (r"\.{2,}", " "),
-    (r"[][#®•©™&@·º½¾¿¡§~(){}|\\/*]+", " "),
+    (r"[][#®•©™&@·º½¾¿¡§~(){}|\\/*+]+", " "),
     (r"\s+\.\s+", " "),
-    ("[\u2018-\u201b]", "'"),  # quotes that lean
-    ("[\u201c-\u201f]", '"'),
-    (r"^\s+|\s+$", ""),
-    (r"\b[a-z]{1,3}\d{3,15}\b|\b[a-z]+\d+[a-z]+\b|\b\d+[a-z]+\d+\b", ""),  # jc6640
-    (r"\b(png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4)(\simages?)?|\bpage\s+\d+\b", ""),
-    (r"\b\d*[a-z]+\d+[a-z]+\d+[a-z\d]*\b", " "),
     (r"\b\s+:\s+", ": "),
     (r"(\D[,./])\b", r"\1 "),
     (r"\s+", " "),
+    (r"^ | $", ""),
     (r"^[\"'](.+)[\"']$", r"\1"),
     (r"^['_,:;-]|['_,:+-]$", ""),
 )
@@ -635,10 +625,10 @@ CLEANING = (
 
 def clean_prompt(text):
     """A prompt as the official PRX was trained to read it: plain and in lower case."""
-    text = urllib.parse.unquote_plus(text).strip().lower()
+    text = text.lower()
     for pattern, replacement in CLEANING:
         text = re.sub(pattern, replacement, text)
-    if text.count("-") + text.count("_") > 3:  # a name of a file, as my_pictures-of-a-cat
+    if text.count("-") + text.count("_") > 3:  # as in names of files, my_pictures-of-a-cat
         text = text.replace("-", " ").replace("_", " ")
     return unicodedata.normalize("NFC", " ".join(text.split()))
 
@@ -707,17 +697,12 @@ def turn_halves(x, angles):
 class T5Gemma(nn.Module):
     """The encoder of T5Gemma (arXiv 2504.06225), which reads prompts for the official PRX."""
 
-    def __init__(self, config, tokenizer, max_tokens):
+    def __init__(self, config, tokenizer):
         super().__init__()
         config = config.get("encoder", config)
         self.dim, self.head_dim = config["hidden_size"], config["head_dim"]
         self.theta = config.get("rope_theta") or config["rope_parameters"]["rope_theta"]
-        self.max_tokens = min(max_tokens, 256)  # to which PRX's captions were cut
         self.ids = tokenizer["model"]["vocab"]
-        # In Gemma's vocabulary no piece goes on behind the end of a word, so that each word can be
-        # cut alone, which is faster. Other vocabularies have such pieces.
-        goes_on = any("▁" in piece.lstrip("▁") for piece in self.ids)
-        self.word_pattern = re.compile("(?s).+" if goes_on else "▁*[^▁]+|▁+")
         self.ranks = {}  # of pairs of pieces; a file has them as "a b" or as ["a", "b"]
         for rank, pair in enumerate(tokenizer["model"]["merges"]):
             self.ranks[tuple(pair.split(" ") if isinstance(pair, str) else pair)] = rank
@@ -735,7 +720,8 @@ class T5Gemma(nn.Module):
             if part in self.added:
                 ids.append(self.added[part])
                 continue
-            for word in self.word_pattern.findall(part.replace(" ", "▁")):
+            # No piece goes on behind the end of a word, so that each word can be cut alone.
+            for word in re.findall("▁*[^▁]+|▁+", part.replace(" ", "▁")):
                 ids += self.split_word(word)
         return ids
 
@@ -743,7 +729,7 @@ class T5Gemma(nn.Module):
         """Byte-pair encoding (arXiv 1508.07909): merge the neighbours with the lowest rank, until
         no two have a rank. Letters that are not in the vocabulary are cut into bytes first."""
         pieces = []
-        for letter in word[: 32 * self.max_tokens]:  # no piece has more than 32 letters
+        for letter in word[: 32 * MAX_TOKENS]:  # no piece has more than 32 letters
             is_known = letter in self.ids
             pieces += [letter] if is_known else [f"<0x{byte:02X}>" for byte in letter.encode()]
         while True:
@@ -755,8 +741,8 @@ class T5Gemma(nn.Module):
             pieces[first : first + 2] = ["".join(pair)]
 
     def encode(self, captions):
-        """A list of (L, dim), L <= max_tokens. The empty caption has the beginning alone."""
-        return embed_rows(self, [self.tokenize(text)[: self.max_tokens] for text in captions])
+        """A list of (L, dim), L <= MAX_TOKENS. The empty caption has the beginning alone."""
+        return embed_rows(self, [self.tokenize(text)[:MAX_TOKENS] for text in captions])
 
     def forward(self, ids):
         """ids (B, L), -1 at padding, to (B, L, dim)."""
@@ -770,35 +756,34 @@ class T5Gemma(nn.Module):
         return self.norm(x)
 
 
-def load_text_encoder(name, compute, max_tokens):
+def load_text_encoder(name, compute):
     """The text encoder of that name: words, the T5 in a folder or Hub repository, or the T5Gemma in
-    that of an official PRX. Its `encode` makes of captions a list of (L, dim), L <= max_tokens.
+    that of an official PRX. Its `encode` makes of captions a list of (L, dim), L <= MAX_TOKENS.
     Raises UserError."""
     if name == "words":
-        return Words(max_tokens)
+        return Words()
     folder = fetch(name, "*.json")
-    part, tokenizer_part, files = "", "", "model*.safetensors"
+    part, tokenizer_part = "", ""
     if (folder / "text_encoder").is_dir():  # of a pipeline
-        part, tokenizer_part, files = "text_encoder", "tokenizer", "text_encoder/model*.safetensors"
+        part, tokenizer_part = "text_encoder/", "tokenizer/"
     config = read_json(folder / part / "config.json")
-    is_gated = "gated" in config.get("feed_forward_proj", "")
-    if config.get("model_type") == "t5" and is_gated:
-        kind = T5
-    elif config.get("model_type") in ("t5gemma", "t5_gemma_module"):
-        kind = T5Gemma
-    else:
+    kinds = {"t5": T5, "t5gemma": T5Gemma, "t5_gemma_module": T5Gemma}
+    if config.get("model_type") not in kinds:
         raise UserError(
             f"{name} holds no text encoder known here; T5 v1.1, as google/flan-t5-base, and the "
             "T5Gemma of Photoroom/prx-512-t2i are"
         )
     tokenizer = read_json(folder / tokenizer_part / "tokenizer.json")
     with torch.device("meta"):
-        network = kind(config, tokenizer, max_tokens)
+        network = kinds[config["model_type"]](config, tokenizer)
+    files = part + "model*.safetensors"
     known = network.state_dict().keys()  # a file may hold the decoder, too
-    stored = read_weights(fetch(name, files), files)
-    if kind is T5Gemma:  # transformers saves it as layers.0..., or as encoder.layers.0...
-        stored = {key.removeprefix("encoder."): value for key, value in stored.items()}
-    weights = {key: value for key, value in stored.items() if key in known}
+    weights = {}
+    for key, value in read_weights(fetch(name, files), files).items():
+        if key not in known:  # transformers saves T5Gemma as layers.0... or encoder.layers.0...
+            key = key.removeprefix("encoder.")
+        if key in known:
+            weights[key] = value
     return load_weights(network, weights, name, compute)
 
 

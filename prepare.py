@@ -20,12 +20,10 @@ import collections
 import contextlib
 import csv
 import dataclasses
-import datetime
 import difflib
 import hashlib
 import io
 import json
-import math
 import os
 import shutil
 import sys
@@ -342,34 +340,50 @@ def load_picture(data):
         raise LeftOut("broken or gigantic picture") from None
 
 
-def load_item(item, settings):
-    """Name, caption, picture (size, size, 3) uint8 and None; or name, None, None and why not."""
+def load_item(item, size):
+    """Name, caption, picture (size, size, 3) uint8, cropped to a square, and None; or name, None,
+    None and why it is left out."""
     file, captions, problem = item
     name = file.name.encode(errors="replace").decode()
     try:
         if problem is not None:
             raise LeftOut(problem)
         text, picture = read_caption(captions), load_picture(file.read())
-        if len(text.split()) < settings.min_words:
-            raise LeftOut(f"caption below {settings.min_words} words")
-        if min(picture.size) < settings.min_size:
-            raise LeftOut(f"shorter side below {settings.min_size} pixels")
-        if max(picture.size) > min(picture.size) * settings.max_aspect:
-            raise LeftOut(f"longer side above {settings.max_aspect:g} times the shorter")
     except LeftOut as reason:
         return name, None, None, str(reason)
     except (OSError, MemoryError, OverflowError):  # or a tar that lies about a size
         return name, None, None, "file that cannot be read"
-    size = (settings.size, settings.size)
-    return name, text, np.array(ImageOps.fit(picture, size, Image.Resampling.LANCZOS)), None
+    square = ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
+    return name, text, np.array(square), None
 
 
 # ----------------------------------------------------------------------------------- command line
-def run_script(main, settings_class, description, positional=None):
-    """Call main with settings from the command line. A user's mistake ends in its one sentence.
+def add_flag(parser, field, hint, positional):
+    """Make a field of a dataclass a flag (or the positional argument), its Annotated text the
+    help."""
+    default = field.default
+    if field.default_factory is not dataclasses.MISSING:
+        default = field.default_factory()
+    kind, text = hint, ""
+    if typing.get_origin(hint) is Annotated:
+        kind, text = typing.get_args(hint)
+    how = {"default": default, "type": kind}
+    how["help"] = f"{text} (default: {default!r})".replace("%", "%%")
+    if kind is bool:
+        how |= {"type": None, "action": argparse.BooleanOptionalAction}
+    elif typing.get_origin(kind) is Literal:
+        how |= {"type": None, "choices": typing.get_args(kind)}
+    elif typing.get_origin(kind) is list:
+        how |= {"type": typing.get_args(kind)[0], "nargs": "*"}
+    elif field.name == positional:
+        how["nargs"] = "?"
+    is_flag = field.name != positional
+    parser.add_argument("--" + field.name.replace("_", "-") if is_flag else field.name, **how)
 
-    Each field of the dataclass is a flag (one may be positional), its Annotated text the help.
-    """
+
+def run_script(main, settings_class, description, positional=None):
+    """Call main with settings from the command line, one flag for each field of the dataclass. A
+    user's mistake ends in its one sentence."""
     parser = argparse.ArgumentParser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -377,28 +391,15 @@ def run_script(main, settings_class, description, positional=None):
     )
     hints = typing.get_type_hints(settings_class, include_extras=True)
     for field in dataclasses.fields(settings_class):
-        name, default = field.name, field.default
-        if field.default_factory is not dataclasses.MISSING:
-            default = field.default_factory()
-        kind, *text = [hints[name]]
-        if typing.get_origin(kind) is Annotated:
-            kind, *text = typing.get_args(kind)
-        how = {"default": default, "type": kind}
-        how["help"] = f"{' '.join(text)} (default: {default!r})".replace("%", "%%")
-        if kind is bool:
-            how |= {"type": None, "action": argparse.BooleanOptionalAction}
-        elif typing.get_origin(kind) is Literal:
-            how |= {"type": None, "choices": typing.get_args(kind)}
-        elif typing.get_origin(kind) is list:
-            how |= {"type": typing.get_args(kind)[0], "nargs": "*"}
-        elif name == positional:
-            how["nargs"] = "?"
-        parser.add_argument(name if name == positional else "--" + name.replace("_", "-"), **how)
+        add_flag(parser, field, hints[field.name], positional)
     values, unknown = parser.parse_known_args()
     if unknown:
         flags = parser._option_string_actions
         near = difflib.get_close_matches(unknown[0], flags, cutoff=0)[0]
         parser.error(f"there is no {unknown[0]}; is {near} meant?")
+    for name, value in vars(values).items():
+        if isinstance(value, int | float) and not 0 <= value < 2**31:  # nor is it nan
+            parser.error(f"--{name.replace('_', '-')} {value} has to be from 0 to 2^31")
     sys.stdout.reconfigure(errors="replace")  # a console may lack letters that a caption has
     try:
         main(settings_class(**vars(values)))
@@ -408,15 +409,6 @@ def run_script(main, settings_class, description, positional=None):
         sys.exit(f"{parser.prog}: out of memory; train.py has --micro-batch for that: {error}")
     except KeyboardInterrupt:
         sys.exit(f"{parser.prog}: stopped; the same command goes on")
-
-
-def check_range(settings, low, high, *names):
-    """Raise UserError if one of these settings is not between low and high."""
-    wanted = f"at least {low}" if high == math.inf else f"between {low} and {high}"
-    for name in names:
-        if not low <= getattr(settings, name) <= high:
-            flag = "--" + name.replace("_", "-")
-            raise UserError(f"{flag} {getattr(settings, name)} is not {wanted}")
 
 
 def refuse_differences(folder, old, new):
@@ -443,10 +435,6 @@ class Settings:
     codec: Annotated[str, "makes latents of pictures: pixels, taef2, taesd, ..."] = "pixels"
     text: Annotated[str, "makes embeddings of captions: words, google/flan-t5-base, ..."] = "words"
     teacher: Annotated[str, "makes features for REPA: facebook/dinov2-small; '': none"] = ""
-    max_tokens: Annotated[int, "where captions are cut"] = 256
-    min_size: Annotated[int, "leave out pictures with a shorter side; 0: half of size"] = 0
-    min_words: Annotated[int, "leave out pictures with fewer words in their caption"] = 1
-    max_aspect: Annotated[float, "leave out pictures whose sides differ by a larger factor"] = 4.0
     device: Annotated[Literal["auto", "cpu", "cuda", "mps"], "auto: the best there is"] = "auto"
 
     def __post_init__(self):
@@ -455,16 +443,14 @@ class Settings:
         self.out = self.out or f"data/{Path(self.source).stem}"
         self.size = self.size or (32 if is_scenes else 256)
         self.limit = self.limit or (20_000 if is_scenes else sys.maxsize)
-        self.min_size = self.min_size or self.size // 2
-        names = ("size", "limit", "max_tokens", "min_words", "max_aspect")
-        check_range(self, 1, math.inf, *names)
 
 
 def prepare(settings):
     """Write a cache, or go on with one. Raises UserError where nothing can be used, or the cache
     was begun with other settings."""
-    out, may_change = Path(settings.out), ("out", "limit", "device")
-    decisive = {key: value for key, value in vars(settings).items() if key not in may_change}
+    out = Path(settings.out)
+    names = ("source", "size", "codec", "text", "teacher")
+    decisive = {name: getattr(settings, name) for name in names}
     begun = sorted(out.glob("shard-*/shard.json"))
     if begun:
         refuse_differences(out, read_json(begun[0])["settings"], decisive)
@@ -479,30 +465,19 @@ def prepare(settings):
     if settings.size % side:
         near = settings.size // side * side + side
         raise UserError(f"--size {settings.size} is no multiple of {side}; {near} is one")
-    text_encoder = model.load_text_encoder(settings.text, compute, settings.max_tokens)
+    text_encoder = model.load_text_encoder(settings.text, compute)
     teacher = model.load_teacher(settings.teacher, compute) if settings.teacher else None
     items, load = find_items(settings)
-    rank, world_size = int(os.getenv("RANK", "0")), int(os.getenv("WORLD_SIZE", "1"))
-    bar = tqdm(total=len(items) // world_size, unit=" pictures", disable=rank > 0 or None)
-    with locked(out) if rank == 0 else contextlib.nullcontext():
+    with locked(out), tqdm(total=len(items), unit=" pictures", disable=None) as bar:
         for number, first in enumerate(range(0, len(items), SHARD_SIZE)):
             folder, part = out / f"shard-{number:05d}", items[first : first + SHARD_SIZE]
-            if number % world_size != rank:
-                continue
             if is_whole(folder, len(part)):
                 bar.update(len(part))
                 continue
             shard = encode(folder.name, part, load, (codec, text_encoder, teacher), compute, bar)
             write_shard(folder, *shard, decisive)
         bar.close()
-        if world_size > 1:
-            if not torch.distributed.is_initialized():
-                torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=30))
-            torch.distributed.barrier()  # until all shards are there
-        if rank == 0:
-            write_meta(out, settings, codec, text_encoder)
-        if world_size > 1:
-            torch.distributed.barrier()  # until meta.json is there
+        write_meta(out, settings, codec, text_encoder)
 
 
 def is_whole(folder, count):
@@ -529,7 +504,7 @@ def find_items(settings):
     pool = ThreadPoolExecutor(os.cpu_count())  # Pillow's decoders let other threads run
 
     def load_items(items):
-        return list(pool.map(partial(load_item, settings=settings), items))
+        return list(pool.map(partial(load_item, size=settings.size), items))
 
     return pair_up(list_files(source))[: settings.limit], load_items
 
@@ -601,7 +576,7 @@ def encode(name, items, load, encoders, compute, bar):
                 for part in parts:
                     features = teacher.features(part, side)
                     arrays["teacher"].append(features.half().cpu().numpy())
-        cut += sum(len(text_encoder.tokenize(text)) > text_encoder.max_tokens for text in texts)
+        cut += sum(len(text_encoder.tokenize(text)) > model.MAX_TOKENS for text in texts)
         sums += np.stack((latents, latents**2)).mean((3, 4)).sum(1)  # (2, C)
         if codec.stored_dtype == "uint8":
             latents = ((latents + 1) * 127.5).round()
@@ -611,7 +586,7 @@ def encode(name, items, load, encoders, compute, bar):
     for reason, files in left_out.items():
         bar.write(f"{name}: left out {len(files):,} x {reason}: {', '.join(files[:3])}")
     if cut:
-        bar.write(f"{name}: kept {cut:,} captions cut to {text_encoder.max_tokens} tokens")
+        bar.write(f"{name}: kept {cut:,} captions cut to {model.MAX_TOKENS} tokens")
     arrays["offsets"] = [np.cumsum([0, *map(len, arrays["text"])])]
     whole = {key: np.concatenate(parts) for key, parts in arrays.items() if parts}
     record = {"seen": len(items), "count": len(captions), "sums": sums.tolist()}

@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 import prepare
 from model import (
+    MAX_TOKENS,
     PRX,
     PRX_FILES,
     UserError,
@@ -123,14 +124,14 @@ def read_pipeline(source, folder):
 def encode_prompts(prompts, info, compute):
     """Embeddings of the empty caption and of prompts: a list of (L, D), on the CPU. The text
     encoder, which may be larger than the model, is in memory only meanwhile."""
-    text_encoder = load_text_encoder(info["text"], compute, 512)
+    text_encoder = load_text_encoder(info["text"], compute)
     captions, embeddings = ["", *prompts], []
     for first in range(0, len(captions), 16):
         embeddings += text_encoder.encode(captions[first : first + 16])
     for prompt in prompts:
         count = len(text_encoder.tokenize(prompt))
-        if count > text_encoder.max_tokens:
-            print(f"only {text_encoder.max_tokens} of {count} tokens are read: {prompt[:60]}...")
+        if count > MAX_TOKENS:
+            print(f"only {MAX_TOKENS} of {count} tokens are read: {prompt[:60]}...")
     return [embedding.cpu() for embedding in embeddings]
 
 
@@ -304,8 +305,8 @@ class Settings:
     dtype: Annotated[Literal["auto", "bf16", "fp16", "fp32"], "of matrix products"] = "auto"
 
     def __post_init__(self):
-        prepare.check_range(self, 1, math.inf, "n")
-        prepare.check_range(self, 0, math.inf, "steps", "guidance", "height", "width")
+        if self.n == 0:
+            raise UserError("--n 0 draws nothing; it has to be 1 or more")
 
 
 def sample(settings):
@@ -325,7 +326,7 @@ def sample(settings):
         for name, share in score(Pipeline(network, info, compute), 512, *how).items():
             print(f"{name:12}{share:7.1%}")
         return
-    words = {word for text in settings.prompts for word in Words(512).tokenize(text)}
+    words = {word for text in settings.prompts for word in Words().tokenize(text)}
     strange = sorted(words - set(info.get("vocabulary", words)))
     if strange:
         print(f"never seen in training: {', '.join(strange)}")
