@@ -225,16 +225,9 @@ class PRX(nn.Module):
 
     def save_pretrained(self, folder):
         """Write config and weights, without REPA's projector, for diffusers and for us."""
-        weights = {
-            name: weight.float().cpu().contiguous()
-            for name, weight in self.state_dict().items()
-            if not name.startswith("projector.")
-        }
+        weights = {name: x for name, x in self.state_dict().items() if "projector" not in name}
         with whole_file(Path(folder) / PRX_FILES[0]) as file:
-            try:
-                save_file(weights, file.name, metadata={"format": "pt"})
-            except SafetensorError as error:
-                raise OSError(error) from error
+            save_file(weights, file.name, metadata={"format": "pt"})
         config = {"_class_name": "PRXTransformer2DModel", **dataclasses.asdict(self.config)}
         write_json(Path(folder) / "config.json", config)
 
@@ -333,8 +326,8 @@ def whole_file(path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+    except (OSError, RuntimeError, SafetensorError) as error:  # as the libraries tell it
+        raise UserError(f"{path} cannot be written: {error}") from error
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()
@@ -474,9 +467,8 @@ def load_codec(name, compute):
     weights = read_weights(fetch(source, *files), *files)
     if "encoder.layers.14.bias" not in weights:
         raise UserError(f"{source} holds no tiny autoencoder; taef2 and taesd are such")
-    with torch.device("meta"):
-        has_pool = "decoder.layers.2.pool.0.weight" in weights
-        network = TinyAutoencoder(len(weights["encoder.layers.14.bias"]), has_pool)
+    has_pool = "decoder.layers.2.pool.0.weight" in weights
+    network = TinyAutoencoder(len(weights["encoder.layers.14.bias"]), has_pool)
     return load_weights(network, weights, source, compute)
 
 
@@ -525,6 +517,11 @@ def embed_rows(network, rows):
     return [embedding[: len(row)] for embedding, row in zip(embeddings, rows, strict=True)]
 
 
+def linears(width, **sizes):
+    """Linear layers by name, without biases, from width to these sizes."""
+    return nn.ModuleDict({name: nn.Linear(width, n, bias=False) for name, n in sizes.items()})
+
+
 class T5(nn.Module):
     """The encoder of a T5 v1.1 (arXiv 1910.10683, 2002.05202) such as google/flan-t5-base."""
 
@@ -538,13 +535,12 @@ class T5(nn.Module):
         self.shared = nn.Embedding(config["vocab_size"], self.dim)
         inner, wide, blocks = self.heads * config["d_kv"], config["d_ff"], nn.ModuleList()
         for _ in range(config["num_layers"]):
-            attention = nn.ModuleDict({x: nn.Linear(self.dim, inner, bias=False) for x in "qkv"})
+            attention = linears(self.dim, q=inner, k=inner, v=inner)
             attention["o"] = nn.Linear(inner, self.dim, bias=False)
-            mlp = {x: nn.Linear(self.dim, wide, bias=False) for x in ("wi_0", "wi_1")}
+            mlp = linears(self.dim, wi_0=wide, wi_1=wide)
             mlp["wo"] = nn.Linear(wide, self.dim, bias=False)
-            norm_1, norm_2 = (nn.RMSNorm(self.dim, eps=1e-6) for _ in range(2))
-            first = {"SelfAttention": attention, "layer_norm": norm_1}
-            second = {"DenseReluDense": nn.ModuleDict(mlp), "layer_norm": norm_2}
+            first = {"SelfAttention": attention, "layer_norm": nn.RMSNorm(self.dim, eps=1e-6)}
+            second = {"DenseReluDense": mlp, "layer_norm": nn.RMSNorm(self.dim, eps=1e-6)}
             layer = nn.ModuleList([nn.ModuleDict(first), nn.ModuleDict(second)])
             blocks.append(nn.ModuleDict({"layer": layer}))
         attention = blocks[0]["layer"][0]["SelfAttention"]
@@ -633,12 +629,8 @@ def clean_prompt(text):
     return unicodedata.normalize("NFC", " ".join(text.split()))
 
 
-class GemmaNorm(nn.Module):
+class GemmaNorm(nn.RMSNorm):
     """RMSNorm that scales by 1 + weight."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(width))
 
     def forward(self, x):
         """x (B, L, D)."""
@@ -655,14 +647,10 @@ class GemmaLayer(nn.Module):
         self.scale = config["query_pre_attn_scalar"] ** -0.5
         self.cap = config["attn_logit_softcapping"]
         all_heads, all_kv_heads = (n * config["head_dim"] for n in (self.heads, self.kv_heads))
-        self.self_attn = nn.ModuleDict()
-        self.self_attn["q_proj"] = nn.Linear(width, all_heads, bias=False)
-        self.self_attn["k_proj"] = nn.Linear(width, all_kv_heads, bias=False)
-        self.self_attn["v_proj"] = nn.Linear(width, all_kv_heads, bias=False)
+        sizes = {"q_proj": all_heads, "k_proj": all_kv_heads, "v_proj": all_kv_heads}
+        self.self_attn = linears(width, **sizes)
         self.self_attn["o_proj"] = nn.Linear(all_heads, width, bias=False)
-        self.mlp = nn.ModuleDict()
-        self.mlp["gate_proj"] = nn.Linear(width, inner, bias=False)
-        self.mlp["up_proj"] = nn.Linear(width, inner, bias=False)
+        self.mlp = linears(width, gate_proj=inner, up_proj=inner)
         self.mlp["down_proj"] = nn.Linear(inner, width, bias=False)
         self.pre_self_attn_layernorm = GemmaNorm(width)
         self.post_self_attn_layernorm = GemmaNorm(width)
@@ -763,9 +751,8 @@ def load_text_encoder(name, compute):
     if name == "words":
         return Words()
     folder = fetch(name, "*.json")
-    part, tokenizer_part = "", ""
-    if (folder / "text_encoder").is_dir():  # of a pipeline
-        part, tokenizer_part = "text_encoder/", "tokenizer/"
+    is_pipeline = (folder / "text_encoder").is_dir()
+    part, tokenizer_part = ("text_encoder/", "tokenizer/") if is_pipeline else ("", "")
     config = read_json(folder / part / "config.json")
     kinds = {"t5": T5, "t5gemma": T5Gemma, "t5_gemma_module": T5Gemma}
     if config.get("model_type") not in kinds:
@@ -777,14 +764,10 @@ def load_text_encoder(name, compute):
     with torch.device("meta"):
         network = kinds[config["model_type"]](config, tokenizer)
     files = part + "model*.safetensors"
-    known = network.state_dict().keys()  # a file may hold the decoder, too
-    weights = {}
-    for key, value in read_weights(fetch(name, files), files).items():
-        if key not in known:  # transformers saves T5Gemma as layers.0... or encoder.layers.0...
-            key = key.removeprefix("encoder.")
-        if key in known:
-            weights[key] = value
-    return load_weights(network, weights, name, compute)
+    saved = read_weights(fetch(name, files), files)  # perhaps with the decoder
+    prefix = "encoder." if "encoder.norm.weight" in saved else ""  # of T5Gemma as a whole
+    names = [key for key in network.state_dict() if prefix + key in saved]
+    return load_weights(network, {key: saved[prefix + key] for key in names}, name, compute)
 
 
 def pad(embeddings, tokens):
@@ -860,6 +843,5 @@ def load_teacher(name, compute):
     config = read_json(folder / "config.json")
     if config.get("model_type") != "dinov2":
         raise UserError(f"{name} holds no DINOv2 (without registers), as facebook/dinov2-small is")
-    with torch.device("meta"):
-        network = DINOv2(config)
-    return load_weights(network, read_weights(folder, "model.safetensors"), name, compute)
+    weights = read_weights(folder, "model.safetensors")
+    return load_weights(DINOv2(config), weights, name, compute)

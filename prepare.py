@@ -459,15 +459,19 @@ def prepare(settings):
         return
     compute = model.pick_device(settings.device)
     codec = model.load_codec(settings.codec, compute)
-    side = 2 * codec.factor  # of a patch in pixels, as train.py chooses it
-    if settings.codec == "pixels":
-        side = 8 if settings.size <= 128 else 16
+    # The side of a patch in pixels, as train.py chooses it.
+    side = 8 if settings.codec == "pixels" and settings.size <= 128 else 16
     if settings.size % side:
         near = settings.size // side * side + side
         raise UserError(f"--size {settings.size} is no multiple of {side}; {near} is one")
     text_encoder = model.load_text_encoder(settings.text, compute)
     teacher = model.load_teacher(settings.teacher, compute) if settings.teacher else None
-    items, load = find_items(settings)
+    items, load_one = find_items(settings)
+    pool = ThreadPoolExecutor(os.cpu_count())  # Pillow's decoders let other threads run
+
+    def load(batch):
+        return list(pool.map(partial(load_one, size=settings.size), batch))
+
     with locked(out), tqdm(total=len(items), unit=" pictures", disable=None) as bar:
         for number, first in enumerate(range(0, len(items), SHARD_SIZE)):
             folder, part = out / f"shard-{number:05d}", items[first : first + SHARD_SIZE]
@@ -487,26 +491,17 @@ def is_whole(folder, count):
 
 
 def find_items(settings):
-    """What may become pictures of the cache, and the function that loads a list of such items.
+    """What may become pictures of the cache, and the function that loads one of them at a size.
     Raises UserError if the source is not there."""
     if settings.source == "scenes":
-
-        def draw_scenes(numbers):
-            return [draw_scene(number, settings.size) for number in numbers]
-
-        return range(settings.limit), draw_scenes
+        return range(settings.limit), draw_scene
     source = Path(settings.source)
     if not source.exists():
         raise UserError(
             f"there is no {settings.source}; give a folder of pictures or tars (README.md says how "
             "to download a data set of the Hub)"
         )
-    pool = ThreadPoolExecutor(os.cpu_count())  # Pillow's decoders let other threads run
-
-    def load_items(items):
-        return list(pool.map(partial(load_item, size=settings.size), items))
-
-    return pair_up(list_files(source))[: settings.limit], load_items
+    return pair_up(list_files(source))[: settings.limit], load_item
 
 
 @contextlib.contextmanager
@@ -635,7 +630,6 @@ def write_meta(out, settings, codec, text_encoder):
         "tokens": max(1, int(lengths.max())),
         "mean": mean.tolist(),
         "std": np.sqrt((square - mean**2).clip(1e-6)).tolist(),
-        "examples": read_captions(shards[0])[:12],
     }
     if settings.text == "words":  # sample.py names the words of a prompt that are not there
         captions = [text for folder in shards for text in read_captions(folder)]

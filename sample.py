@@ -17,29 +17,14 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+import model
 import prepare
-from model import (
-    MAX_TOKENS,
-    PRX,
-    PRX_FILES,
-    UserError,
-    Words,
-    fetch,
-    load_codec,
-    load_text_encoder,
-    pad,
-    pick_device,
-    read_config,
-    read_json,
-    shift_time,
-    velocity,
-    whole_file,
-)
+from model import PRX, UserError, fetch, read_config, read_json, shift_time, velocity, whole_file
 from prepare import Scene, Thing, caption, coverage, random_scene
 
 
 # ---------------------------------------------------------------------------------------- drawing
-def generate(model, text, mask, noise, info, steps, guidance_scale):
+def generate(network, text, mask, noise, info, steps, guidance_scale):
     """Latents from noise (B, C, H, W), by Euler steps along the velocity.
 
     text (1 + B, T, D) and mask (1 + B, T) are of the empty caption and of B prompts. The velocity
@@ -59,7 +44,7 @@ def generate(model, text, mask, noise, info, steps, guidance_scale):
     x = noise
     for t, next_t in itertools.pairwise(times):
         x_in, t_in = x.repeat(len(rows) // len(x), 1, 1, 1), t.expand(len(rows))
-        v = velocity(model(x_in, t_in, text, mask).float(), x_in, t_in, info["predict"])
+        v = velocity(network(x_in, t_in, text, mask).float(), x_in, t_in, info["predict"])
         if guidance_scale > 1:
             v_empty, v = v.chunk(2)
             v = v_empty + guidance_scale * (v - v_empty)
@@ -82,7 +67,7 @@ def read_info(source):
 def load_network(source, folder):
     """The PRX in the folder that `read_info` found, downloaded if need be. Raises UserError."""
     part = "transformer/" if folder.name == "transformer" else ""
-    fetch(source, *(part + name for name in PRX_FILES))
+    fetch(source, *(part + name for name in model.PRX_FILES))
     return PRX.from_pretrained(folder)
 
 
@@ -91,9 +76,9 @@ def read_pipeline(source, folder):
     networks that are not in model.py, before anything large is downloaded."""
     index = read_json(folder / "model_index.json")
     text_encoder, vae = (str(index.get(name, [0, 0])[1]) for name in ("text_encoder", "vae"))
-    is_known = text_encoder.startswith("T5Gemma") and vae in ("AutoencoderKL", "AutoencoderTiny")
-    channels = read_config(folder / "transformer").in_channels if is_known else 0
-    if not is_known or (vae == "AutoencoderKL" and channels != 16):
+    channels = read_config(folder / "transformer").in_channels
+    is_known = vae == "AutoencoderTiny" or (vae == "AutoencoderKL" and channels == 16)
+    if not is_known or not text_encoder.startswith("T5Gemma"):
         raise UserError(
             f"{source} has the text encoder {text_encoder} and the codec {vae}; only T5Gemma with "
             "FLUX.1 latents (AutoencoderKL of 16 channels) or AutoencoderTiny is known here"
@@ -124,15 +109,12 @@ def read_pipeline(source, folder):
 def encode_prompts(prompts, info, compute):
     """Embeddings of the empty caption and of prompts: a list of (L, D), on the CPU. The text
     encoder, which may be larger than the model, is in memory only meanwhile."""
-    text_encoder = load_text_encoder(info["text"], compute)
-    captions, embeddings = ["", *prompts], []
-    for first in range(0, len(captions), 16):
-        embeddings += text_encoder.encode(captions[first : first + 16])
+    text_encoder = model.load_text_encoder(info["text"], compute)
     for prompt in prompts:
         count = len(text_encoder.tokenize(prompt))
-        if count > MAX_TOKENS:
-            print(f"only {MAX_TOKENS} of {count} tokens are read: {prompt[:60]}...")
-    return [embedding.cpu() for embedding in embeddings]
+        if count > model.MAX_TOKENS:
+            print(f"only {model.MAX_TOKENS} of {count} tokens are read: {prompt[:60]}...")
+    return [embedding.cpu() for embedding in text_encoder.encode(["", *prompts])]
 
 
 def pictures_at_once(latent_shape):
@@ -146,9 +128,9 @@ class Pipeline:
     (`predict`, `shift`, `mask`, `tokens` to which captions were filled up), and defaults (`steps`,
     `guidance`, `examples`, which are prompts)."""
 
-    def __init__(self, model, info, compute):
-        self.model, self.info, self.compute = model, info, compute
-        self.codec = load_codec(info["codec"], compute)
+    def __init__(self, network, info, compute):
+        self.network, self.info, self.compute = network, info, compute
+        self.codec = model.load_codec(info["codec"], compute)
 
     def pad(self, embeddings):
         """A list of (L, D) as text (B, T, D), filled up with zeros, and mask (B, T), on the device.
@@ -156,7 +138,7 @@ class Pipeline:
         captions in training, which it has learnt to ignore."""
         least = 0 if self.info.get("mask") else self.info["tokens"]
         lengths = torch.tensor([max(len(each), least) for each in embeddings])
-        text = pad(embeddings, max(lengths))
+        text = model.pad(embeddings, max(lengths))
         mask = torch.arange(text.shape[1]) < lengths[:, None]
         return text.to(self.compute.device), mask.to(self.compute.device)
 
@@ -166,11 +148,9 @@ class Pipeline:
         its own seed, and so is the same whatever else is drawn. 0 is the model's own default."""
         steps = steps or self.info.get("steps", 20)
         guidance_scale = guidance_scale or self.info.get("guidance", 2.0)
-        shape = list(self.info["latent_shape"])
-        if height:
-            shape[1] = height // self.codec.factor
-        if width:
-            shape[2] = width // self.codec.factor
+        channels, rows, columns = self.info["latent_shape"]
+        factor = self.codec.factor
+        shape = (channels, height // factor or rows, width // factor or columns)
         device, pictures = self.compute.device, []
         statistics = torch.tensor([self.info["mean"], self.info["std"]], device=device)
         mean, std = statistics[:, :, None, None]
@@ -183,7 +163,7 @@ class Pipeline:
             text, mask = self.pad([empty, *embeddings[rows]])
             with self.compute.autocast():
                 latents = generate(
-                    self.model, text, mask, noise.to(device), self.info, steps, guidance_scale
+                    self.network, text, mask, noise.to(device), self.info, steps, guidance_scale
                 )
                 images = self.codec.decode(latents * std + mean)
             if not images.isfinite().all():
@@ -311,9 +291,9 @@ class Settings:
 
 def sample(settings):
     """Draw prompts with a trained model, or score it. Raises UserError where the run is none."""
-    compute = pick_device(settings.device, settings.dtype)
+    compute = model.pick_device(settings.device, settings.dtype)
     if compute.device.type == "cpu" and settings.dtype == "auto":
-        compute = pick_device("cpu", "fp32")  # draws the same on each CPU, and nearly as fast
+        compute = model.pick_device("cpu", "fp32")  # draws the same on each CPU, and nearly as fast
     folder, info = read_info(settings.run)
     how = settings.steps, settings.guidance
     side = read_config(folder).patch_size * (1 if info["codec"] == "pixels" else 8)
@@ -326,7 +306,7 @@ def sample(settings):
         for name, share in score(Pipeline(network, info, compute), 512, *how).items():
             print(f"{name:12}{share:7.1%}")
         return
-    words = {word for text in settings.prompts for word in Words().tokenize(text)}
+    words = {word for text in settings.prompts for word in model.Words().tokenize(text)}
     strange = sorted(words - set(info.get("vocabulary", words)))
     if strange:
         print(f"never seen in training: {', '.join(strange)}")

@@ -30,29 +30,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+import model
 import prepare
-from model import (
-    PRX,
-    PRXConfig,
-    UserError,
-    pad,
-    pick_device,
-    read_config,
-    read_json,
-    sample_timesteps,
-    velocity,
-    whole_file,
-    write_json,
-)
-from sample import (
-    Pipeline,
-    encode_prompts,
-    grid,
-    load_network,
-    pictures_at_once,
-    read_info,
-    score,
-)
+from model import PRX, PRXConfig, UserError, pad, pick_device, read_config, velocity, whole_file
+from sample import Pipeline, encode_prompts, grid, load_network, pictures_at_once, read_info, score
 
 
 @dataclasses.dataclass
@@ -61,9 +42,7 @@ class Settings:
 
     data: Annotated[str, "a cache that prepare.py wrote"] = "data/scenes"
     out: Annotated[str, "folder of the run; '': out/ and the cache's name"] = ""
-    init: Annotated[
-        str, "a run or an official PRX to begin with, whose sizes, predict and shift stay"
-    ] = ""
+    init: Annotated[str, "a run or an official PRX to begin with; its sizes and shift stay"] = ""
     steps: Annotated[int, "optimizer steps; with more a finished run goes on"] = 1400
     batch_size: Annotated[int, "pictures in a step, over all processes"] = 128
     micro_batch: Annotated[int, "pictures a process takes at once, to save memory; 0: all"] = 0
@@ -112,7 +91,7 @@ class Cache:
 
     def __init__(self, folder, with_teacher):
         self.folder = Path(folder)
-        self.meta = read_json(self.folder / "meta.json")
+        self.meta = model.read_json(self.folder / "meta.json")
         names = ["latents", "text", "offsets", "digest"] + (["teacher"] if with_teacher else [])
         self.shards, self.starts = [], [0]
         try:
@@ -134,16 +113,6 @@ class Cache:
         if not 4 <= is_held_out.sum() < len(digests):
             is_held_out[:] = False
         return np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
-
-    def captions(self, indices):
-        """The captions of the examples with these indices, in the order of the cache."""
-        captions = []
-        for name, start in zip(self.meta["shards"], self.starts, strict=False):
-            rows = [index - start for index in indices if 0 <= index - start < prepare.SHARD_SIZE]
-            if rows:
-                texts = prepare.read_captions(self.folder / name)
-                captions += [texts[row] for row in rows]
-        return captions
 
     def load(self, indices):
         """Examples as [latents (B, C, H, W) as stored, text (B, tokens, D) padded with zeros] and,
@@ -234,11 +203,11 @@ def start_from(settings, meta):
         )
     if meta["latent_shape"][1] % config.patch_size:
         raise UserError(f"{data}: the side of the latents is no multiple of {config.patch_size}")
-    model = PRX(config, meta["teacher_dim"] if settings.repa else None)
+    network = PRX(config, meta["teacher_dim"] if settings.repa else None)
     weights = load_network(settings.init, folder).state_dict()
-    model.load_state_dict(weights, strict=False)  # a projector is not saved
+    network.load_state_dict(weights, strict=False)  # a projector is not saved
     kept = ("predict", "shift", "mask", "mean", "std", "steps", "guidance")
-    return model, meta | {"mask": False} | {key: info[key] for key in kept if key in info}
+    return network, meta | {"mask": False} | {key: info[key] for key in kept if key in info}
 
 
 class Muon(torch.optim.Optimizer):
@@ -297,10 +266,10 @@ def newton_schulz(x):
     return x.mT if is_tall else x
 
 
-def make_optimizers(model, settings, compute):
+def make_optimizers(network, settings, compute):
     """AdamW, and Muon for the matrices that a block's tokens go through (PRX: modulation, too)."""
     rest, matrices = [], []
-    for name, p in model.named_parameters():
+    for name, p in network.named_parameters():
         is_matrix = name.startswith("blocks.") and p.ndim == 2 and "modulation" not in name
         group = matrices if is_matrix and settings.optimizer == "muon" else rest
         group.append(p)
@@ -337,7 +306,7 @@ def make_batch(examples, null_text, run, rank, world_size):
     count = settings.batch_size
     dice = torch.Generator(device).manual_seed(settings.seed * 2**32 + run.step)
     noise = torch.randn(count, *latents.shape[1:], generator=dice, device=device)[mine]
-    t = sample_timesteps(count, run.info["shift"], dice)[mine]
+    t = model.sample_timesteps(count, run.info["shift"], dice)[mine]
     dropped = torch.rand(count, generator=dice, device=device)[mine] < settings.caption_dropout
     text = torch.where(dropped[:, None, None], null_text, text)
     batch = {"x": normalize(latents, run.info), "noise": noise, "t": t, "text": text}
@@ -351,13 +320,13 @@ def make_batch(examples, null_text, run, rank, world_size):
     return batch
 
 
-def compute_loss(model, batch, info, t_floor):
+def compute_loss(network, batch, info, t_floor):
     """The two parts of the loss: the mean squared error of velocities, and REPA's, which is the
     mean cosine distance of projected tokens and a teacher's features, or 0 without those."""
     x, noise, t, text, keep = (batch.get(name) for name in ("x", "noise", "t", "text", "keep"))
     x_t = torch.lerp(x, noise, t[:, None, None, None])  # (1 - t) x + t noise
     mask = (text != 0).any(dim=2) if info["mask"] else None  # rows of zeros are padding
-    output = model(x_t, t, text, mask, keep)
+    output = network(x_t, t, text, mask, keep)
     repa = torch.zeros((), device=x.device)
     if "features" in batch:
         output, tokens = output  # tokens (B, L or S, D)
@@ -378,7 +347,7 @@ def learning_rate_factor(step, settings):
     return min(1, warmup, cooldown)
 
 
-def train_step(model, run, batch, compute):
+def train_step(network, run, batch, compute):
     """One step of all optimizers. Returns (3,): error of velocities, REPA's, norm of gradients."""
     settings, count = run.settings, len(batch["x"])
     # After repa_until REPA counts 0 times. It is still computed, as DDP needs a gradient for each
@@ -387,15 +356,15 @@ def train_step(model, run, batch, compute):
     losses, micro = torch.zeros(2, device=batch["x"].device), settings.micro_batch or count
     for first in range(0, count, micro):
         part = {name: each[first : first + micro] for name, each in batch.items()}
-        model.require_backward_grad_sync = first + micro >= count  # of DDP: with the last part
+        network.require_backward_grad_sync = first + micro >= count  # of DDP: with the last part
         with compute.autocast():
-            mse, repa = compute_loss(model, part, run.info, settings.t_floor)
+            mse, repa = compute_loss(network, part, run.info, settings.t_floor)
         share = len(part["x"]) / count
         run.scaler.scale((mse + repa_weight * repa) * share).backward()
         losses += torch.stack((mse, repa)).detach() * share
     for optimizer in run.optimizers:
         run.scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+    norm = torch.nn.utils.clip_grad_norm_(network.parameters(), settings.clip)
     # In float16 gradients overflow now and then. The step is left out, and the scale made smaller.
     overflows = run.scaler.is_enabled() and not norm.isfinite()
     factor = learning_rate_factor(run.step, settings)
@@ -473,12 +442,9 @@ class Run:
         state = {name: part.state_dict() for name, part in self.parts.items()}
         state |= {"step": self.step, "seconds": self.seconds, "decisive": self.decisive}
         self.ema.save_pretrained(folder / "ema")
-        write_json(folder / "ema" / "nanoprx.json", self.info)
+        model.write_json(folder / "ema" / "nanoprx.json", self.info)
         with whole_file(folder / "ckpt.pt") as file:
-            try:
-                torch.save(state, file)
-            except RuntimeError as error:  # which hides what the disk said
-                raise OSError("torch.save failed, is the disk full?") from error
+            torch.save(state, file)
 
     def load(self, folder):
         """Go on from a folder's checkpoint. Raises UserError if it is of another run, or broken."""
@@ -622,10 +588,9 @@ def read_prompts(settings, cache, held_out):
             lines = Path(settings.prompts).read_text("utf-8").splitlines()
         except (OSError, ValueError) as error:
             raise UserError(f"--prompts {settings.prompts} cannot be read: {error}") from error
-    elif len(held_out):
-        lines = cache.captions(held_out[:100])
-    else:
-        lines = cache.meta["examples"]
+    else:  # held-out captions of the first shard, or if there are none, its first ones
+        captions = prepare.read_captions(cache.folder / next(iter(cache.meta["shards"])))
+        lines = [captions[index] for index in held_out if index < len(captions)] or captions
     prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))[:12]
     if not prompts:
         raise UserError(f"--prompts {settings.prompts} holds no prompt; it takes one a line")
@@ -672,10 +637,10 @@ def train(settings):
         report(run, compute, compiles, trained, held_out, prompts, world_size)
     if compiles:
         run.model.compile()
-    model = run.model
+    network = run.model
     if world_size > 1:
-        model = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    train_loop(model, run, cache, (trained, held_out), pipeline, folder, rank, world_size)
+        network = DistributedDataParallel(network, gradient_as_bucket_view=True)
+    train_loop(network, run, cache, (trained, held_out), pipeline, folder, rank, world_size)
     if rank == 0 and run.step < settings.steps:
         print(f"stopped at step {run.step} and saved; the same command goes on")
     elif rank == 0:
@@ -698,7 +663,7 @@ def stop_on_signals():
     return stop_asked
 
 
-def train_loop(model, run, cache, split, pipeline, folder, rank, world_size):
+def train_loop(network, run, cache, split, pipeline, folder, rank, world_size):
     """The loop: steps until the last or until told to stop, with samples and checkpoints. split is
     that of the cache."""
     settings, compute, (trained, held_out) = run.settings, pipeline.compute, split
@@ -715,7 +680,7 @@ def train_loop(model, run, cache, split, pipeline, folder, rank, world_size):
     for examples in prepare.load_ahead(indices, cache.load):
         examples = [example.to(compute.device) for example in examples]
         batch = make_batch(examples, null_text, run, rank, world_size)
-        rows.append(train_step(model, run, batch, compute))
+        rows.append(train_step(network, run, batch, compute))
         bar.update()
         stops = stop_asked.clone()  # as a signal may come any time
         if world_size > 1:
@@ -724,26 +689,25 @@ def train_loop(model, run, cache, split, pipeline, folder, rank, world_size):
         samples = is_last or run.step % settings.sample_every == 0
         saves = is_last or stops > 0 or run.step % settings.save_every == 0
         logs = samples or saves or run.step % 10 == 0  # reading the loss waits for the device
-        if logs:
-            row = run.measure(rows, time.perf_counter() - row_began, world_size)
-            row["mfu"] = row["pictures_per_second"] * mfu_factor
-            run.seconds = row["seconds"] = time.perf_counter() - began
-            row |= dict.fromkeys(BANDS)  # empty, where nothing is measured
-            if samples and rank == 0:
-                errors = validate(run, cache, held_out, compute)
-                row |= errors
-            if rank == 0:
-                append_row(folder / "log.csv", row)
-            bar.set_postfix(loss=row["loss"], **errors)
+        if not logs:
+            continue
+        row = run.measure(rows, time.perf_counter() - row_began, world_size)
+        row["mfu"] = row["pictures_per_second"] * mfu_factor
+        run.seconds = row["seconds"] = time.perf_counter() - began
+        row |= dict.fromkeys(BANDS)  # empty, where nothing is measured
         if samples and rank == 0:
+            errors = validate(run, cache, held_out, compute)
+            row |= errors
             save_grid(folder, pipeline, embeddings, run.step)
             bar.write(", ".join(f"{name} {row[name]:.4g}" for name in row if row[name] is not None))
+        if rank == 0:
+            append_row(folder / "log.csv", row)
         if saves and rank == 0:
             run.save(folder)
-        if logs:  # drawing and saving do not count in the pictures a second
-            rows, row_began = [], time.perf_counter()
+        bar.set_postfix(loss=row["loss"], **errors)
         if stops > 0:
             break
+        rows, row_began = [], time.perf_counter()  # so that drawing and saving do not count
 
 
 if __name__ == "__main__":
