@@ -91,38 +91,58 @@ class Scene(typing.NamedTuple):
     things: list
 
 
+def put(colour, shape, place, rng):
+    """A Thing in about the middle of a place, of about the same size as all."""
+    x, y = 0.5 + STEP * np.array(PLACES[place]) + rng.uniform(-0.02, 0.02, 2)
+    return Thing(colour, shape, place, x, y, rng.uniform(0.14, 0.17))
+
+
+def split_of(scene):
+    """The split that a scene belongs to, whatever its background: "composition" has a pair in
+    NEVER_TRAINED, "held-out" is an eighth of the others, "train" the rest."""
+    if any(thing[:2] in NEVER_TRAINED for thing in scene.things):
+        return "composition"
+    words = sorted(" ".join(thing[:3]) for thing in scene.things)
+    digest = hashlib.md5(" ".join(words).encode()).digest()
+    return "held-out" if digest[0] % 8 == 0 else "train"
+
+
 def random_scene(rng, split="train"):
-    """Draw a scene of a split with a NumPy generator: "composition" has a pair in NEVER_TRAINED,
-    "held-out" is an eighth of the other scenes, whatever their background, "train" the rest."""
+    """Draw a scene of a split with a NumPy generator."""
     while True:
         background, *colours = rng.permutation(list(COLOURS)).tolist()
         places = [rng.choice(list(PLACES)).item()]
         if rng.random() < 0.6:
             places = [rng.choice(list(OPPOSITE)).item()]
             places.append(OPPOSITE[places[0]])
-        things = []
-        for colour, place in zip(colours, places, strict=False):
-            x, y = 0.5 + STEP * np.array(PLACES[place]) + rng.uniform(-0.02, 0.02, 2)
-            shape, radius = rng.choice(SHAPES).item(), rng.uniform(0.14, 0.17)
-            things.append(Thing(colour, shape, place, x, y, radius))
-        words = sorted(" ".join(thing[:3]) for thing in things)
-        digest = hashlib.md5(" ".join(words).encode()).digest()
-        found = "held-out" if digest[0] % 8 == 0 else "train"
-        if any(thing[:2] in NEVER_TRAINED for thing in things):
-            found = "composition"
-        if found == split:
-            return Scene(background, things)
+        shapes = rng.choice(SHAPES, len(places)).tolist()
+        things = [put(*thing, rng) for thing in zip(colours, shapes, places, strict=False)]
+        scene = Scene(background, things)
+        if split_of(scene) == split:
+            return scene
 
 
 def leave_open(scene, rng):
-    """The scene as people may tell it: the things in either order, and some of it left open. What
-    a caption does not tell the model has to choose, and it chooses what it saw in training."""
+    """The scene as people may tell it: the things in either order, and some of it left open."""
     things = [scene.things[number] for number in rng.permutation(len(scene.things))]
     if rng.random() < 1 / 8:
         things = [thing._replace(place=None) for thing in things]
     if len(things) == 1 and rng.random() < 1 / 8:
         things = [things[0]._replace(colour=None)]
     return Scene(None if rng.random() < 1 / 3 else scene.background, things)
+
+
+def fill_in(told, rng):
+    """The scene that people expect when they leave something open, as they do with what is usual:
+    two things stand side by side in the order told, one lies at the bottom; what has no colour is
+    black, or white on black; the background is white or black (or blue, if both are taken)."""
+    things, usual_places = [], ["bottom"] if len(told.things) == 1 else ["left", "right"]
+    for thing, usual_place in zip(told.things, usual_places, strict=True):
+        colour = thing.colour or ("white" if told.background == "black" else "black")
+        things.append(put(colour, thing.shape, thing.place or usual_place, rng))
+    plain = {"white", "black"} - {thing.colour for thing in things}
+    background = told.background or rng.choice(sorted(plain) or ["blue"]).item()
+    return Scene(background, things)
 
 
 def caption(scene):
@@ -165,12 +185,11 @@ def draw_scene(number, size):
     """Name, caption and picture (size, size, 3) uint8 of scene `number`, always the same, and None
     as there is no reason to leave it out."""
     rng = np.random.default_rng(number)
-    scene = random_scene(rng)
-    told = leave_open(scene, rng)
-    if told.background is None:  # as in the world at large, a plain one is not worth a word
-        plain = {"white", "black"} - {thing.colour for thing in scene.things}
-        scene = scene._replace(background=rng.choice(sorted(plain) or [scene.background]).item())
-    return "", caption(told), render(scene, size), None
+    while True:
+        told = leave_open(random_scene(rng), rng)
+        scene = fill_in(told, rng)
+        if split_of(scene) == "train":
+            return "", caption(told), render(scene, size), None
 
 
 # ---------------------------------------------------------------------------- pictures of your own

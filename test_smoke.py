@@ -667,17 +667,25 @@ def test_held_out_is_the_scene_not_the_caption():
     assert not trained & (held_out | draw("composition", 300))
     pairs = {thing[:2] for things in trained for thing in things}
     assert not pairs & prepare.NEVER_TRAINED
+    for number in range(300):
+        _, _, picture, _ = prepare.draw_scene(number, 64)
+        assert prepare.split_of(sample.describe(picture)) == "train"
 
 
-def test_a_background_that_is_not_named_is_plain_and_never_hides_a_thing():
-    named, open_ones = set(), set()
+def test_what_a_caption_leaves_open_is_as_people_expect():
+    backgrounds, rng = set(), np.random.default_rng(0)
     for number in range(400):
         _, text, picture, _ = prepare.draw_scene(number, 32)
         scene = sample.describe(picture)
         assert scene.background not in {thing.colour for thing in scene.things}
-        (named if "background" in text else open_ones).add(scene.background)
-    assert named == set(prepare.COLOURS)
-    assert {"white", "black"} <= open_ones
+        if "background" not in text:
+            backgrounds.add(scene.background)
+    assert backgrounds == {"white", "black", "blue"}
+    ring, cross = (prepare.Thing("red", shape, None, 0, 0, 0) for shape in ("ring", "cross"))
+    scene = prepare.fill_in(prepare.Scene("white", [ring, cross]), rng)
+    assert [thing[1:3] for thing in scene.things] == [("ring", "left"), ("cross", "right")]
+    scene = prepare.fill_in(prepare.Scene("black", [ring._replace(colour=None)]), rng)
+    assert scene.things[0][:3] == ("white", "ring", "bottom")
 
 
 def test_captions_tell_a_scene_in_several_ways():

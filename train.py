@@ -43,8 +43,8 @@ class Settings:
     data: Annotated[str, "a cache that prepare.py wrote"] = "data/scenes"
     out: Annotated[str, "folder of the run; '': out/ and the cache's name"] = ""
     init: Annotated[str, "a run or an official PRX to begin with; its sizes and shift stay"] = ""
-    steps: Annotated[int, "optimizer steps; with more a finished run goes on"] = 1400
-    batch_size: Annotated[int, "pictures in a step, over all processes"] = 128
+    steps: Annotated[int, "optimizer steps; with more a finished run goes on"] = 1200
+    batch_size: Annotated[int, "pictures in a step, over all processes (PRX: 256)"] = 128
     micro_batch: Annotated[int, "pictures a process takes at once, to save memory; 0: all"] = 0
     checkpoint_blocks: Annotated[bool, "compute blocks twice, to save memory"] = False
     held_out: Annotated[float, "share of the cache for validation, at most 1,024 pictures"] = 0.02
@@ -53,8 +53,8 @@ class Settings:
     save_every: Annotated[int, "steps from checkpoint to checkpoint"] = 500
     sample_every: Annotated[int, "steps from sample grid to sample grid"] = 200
     patch_size: Annotated[int, "side of a token in latents; 0: 8 or more for pixels, else 2"] = 0
-    width: Annotated[int, "hidden size of the network; 0: 128 for pixels, else 384"] = 0
-    depth: Annotated[int, "blocks; 0: 3 for pixels, else 8"] = 0
+    width: Annotated[int, "hidden size; 0: 128 for pixels, else 384 (PRX: 1792)"] = 0
+    depth: Annotated[int, "blocks; 0: 3 for pixels, else 8 (PRX: 16)"] = 0
     mlp_ratio: Annotated[float, "width of the MLP over hidden size (PRX: 3.5)"] = 3.0
     bottleneck: Annotated[int, "width of the bottleneck of pixel patches (PRX: 256); 0: none"] = 64
     predict: Annotated[Literal["x", "v"], "clean picture (JiT; PRX on pixels) or velocity"] = "x"
@@ -631,6 +631,8 @@ def train(settings):
         run.load(folder)
         if rank == 0 and (folder / "log.csv").exists():
             run.trim_log(folder / "log.csv")
+        if rank == 0 and run.step >= settings.steps:
+            print(f"{folder} is complete: more --steps go on, another --out begins anew")
     pipeline = Pipeline(run.ema, run.info, compute)
     compiles = can_compile(settings, compute)
     if rank == 0:
