@@ -225,7 +225,11 @@ class PRX(nn.Module):
 
     def save_pretrained(self, folder):
         """Write config and weights, without REPA's projector, for diffusers and for us."""
-        weights = {name: x for name, x in self.state_dict().items() if "projector" not in name}
+        weights = {
+            name: weight.contiguous()
+            for name, weight in self.state_dict().items()
+            if not name.startswith("projector.")
+        }
         with whole_file(Path(folder) / PRX_FILES[0]) as file:
             save_file(weights, file.name, metadata={"format": "pt"})
         config = {"_class_name": "PRXTransformer2DModel", **dataclasses.asdict(self.config)}
@@ -326,7 +330,7 @@ def whole_file(path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except (OSError, RuntimeError, SafetensorError) as error:  # as the libraries tell it
+    except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be written: {error}") from error
     finally:
         with contextlib.suppress(OSError):
@@ -599,28 +603,29 @@ class T5(nn.Module):
         return self.encoder["final_layer_norm"](x)
 
 
-# What diffusers does to a plain English prompt, in its order. It also takes out addresses, names of
-# files, long numbers and Chinese.
+# What diffusers does to a plain English prompt. It also takes out addresses, numbers as in #5 and
+# page 3, codes as in A380, names of files and their kinds, and Chinese.
 CLEANING = (
     ("[\u2010-\u2015-]+", "-"),
-    ("[`´«»¨\u201c-\u201f]", '"'),  # quotes that lean
-    ("[\u2018-\u201b]", "'"),
+    ("[`´«»¨]", '"'),
     ("&quot;?|&amp", ""),
     ("[\"']{2,}", '"'),
     (r"\.{2,}", " "),
     (r"[][#®•©™&@·º½¾¿¡§~(){}|\\/*+]+", " "),
     (r"\s+\.\s+", " "),
+    ("[\u2018-\u201b]", "'"),  # quotes that lean
+    ("[\u201c-\u201f]", '"'),
     (r"\b\s+:\s+", ": "),
     (r"(\D[,./])\b", r"\1 "),
     (r"\s+", " "),
     (r"^ | $", ""),
     (r"^[\"'](.+)[\"']$", r"\1"),
-    (r"^['_,:;-]|['_,:+-]$", ""),
+    (r"^['_,:;-]|['_,:-]$", ""),
 )
 
 
 def clean_prompt(text):
-    """A prompt as the official PRX was trained to read it: plain and in lower case."""
+    """A prompt as diffusers gives it to the official PRX: plain and in lower case."""
     text = text.lower()
     for pattern, replacement in CLEANING:
         text = re.sub(pattern, replacement, text)
@@ -755,14 +760,16 @@ def load_text_encoder(name, compute):
     part, tokenizer_part = ("text_encoder/", "tokenizer/") if is_pipeline else ("", "")
     config = read_json(folder / part / "config.json")
     kinds = {"t5": T5, "t5gemma": T5Gemma, "t5_gemma_module": T5Gemma}
-    if config.get("model_type") not in kinds:
+    kind = kinds.get(config.get("model_type"))
+    is_old = kind is T5 and "gated" not in config.get("feed_forward_proj", "")
+    if kind is None or is_old:
         raise UserError(
             f"{name} holds no text encoder known here; T5 v1.1, as google/flan-t5-base, and the "
             "T5Gemma of Photoroom/prx-512-t2i are"
         )
     tokenizer = read_json(folder / tokenizer_part / "tokenizer.json")
     with torch.device("meta"):
-        network = kinds[config["model_type"]](config, tokenizer)
+        network = kind(config, tokenizer)
     files = part + "model*.safetensors"
     saved = read_weights(fetch(name, files), files)  # perhaps with the decoder
     prefix = "encoder." if "encoder.norm.weight" in saved else ""  # of T5Gemma as a whole
@@ -843,5 +850,6 @@ def load_teacher(name, compute):
     config = read_json(folder / "config.json")
     if config.get("model_type") != "dinov2":
         raise UserError(f"{name} holds no DINOv2 (without registers), as facebook/dinov2-small is")
-    weights = read_weights(folder, "model.safetensors")
-    return load_weights(DINOv2(config), weights, name, compute)
+    with torch.device("meta"):
+        network = DINOv2(config)
+    return load_weights(network, read_weights(folder, "model.safetensors"), name, compute)

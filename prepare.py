@@ -24,6 +24,7 @@ import difflib
 import hashlib
 import io
 import json
+import math
 import os
 import shutil
 import sys
@@ -417,8 +418,10 @@ def run_script(main, settings_class, description, positional=None):
         near = difflib.get_close_matches(unknown[0], flags, cutoff=0)[0]
         parser.error(f"there is no {unknown[0]}; is {near} meant?")
     for name, value in vars(values).items():
-        if isinstance(value, int | float) and not 0 <= value < 2**31:  # nor is it nan
-            parser.error(f"--{name.replace('_', '-')} {value} has to be from 0 to 2^31")
+        if isinstance(value, int | float):
+            highest = 2**32 - 1 if isinstance(value, int) else math.inf
+            if not 0 <= value <= highest:  # which refuses nan, too
+                parser.error(f"--{name.replace('_', '-')} {value} is not from 0 to {highest}")
     sys.stdout.reconfigure(errors="replace")  # a console may lack letters that a caption has
     try:
         main(settings_class(**vars(values)))
@@ -486,7 +489,8 @@ def prepare(settings):
     text_encoder = model.load_text_encoder(settings.text, compute)
     teacher = model.load_teacher(settings.teacher, compute) if settings.teacher else None
     items, load_one = find_items(settings)
-    pool = ThreadPoolExecutor(os.cpu_count())  # Pillow's decoders let other threads run
+    # Pillow's decoders let other threads run; drawing scenes does not.
+    pool = ThreadPoolExecutor(1 if settings.source == "scenes" else os.cpu_count())
 
     def load(batch):
         return list(pool.map(partial(load_one, size=settings.size), batch))

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 import transformers
 from diffusers.pipelines.prx import T5GemmaEncoder
 from PIL import Image, ImageCms
+from safetensors.torch import load_file, save_file
 
 import model
 import prepare
@@ -467,6 +468,10 @@ def test_t5gemma_agrees_with_transformers(official, is_composite):
     shutil.copytree(folder, "pipe")
     if not is_composite:
         pipeline.text_encoder.config.save_pretrained("pipe/text_encoder")
+    else:  # as transformers saves both halves
+        path = "pipe/text_encoder/model.safetensors"
+        weights = {f"encoder.{key}": value for key, value in load_file(path).items()}
+        save_file(weights | {"decoder.norm.weight": torch.ones(48)}, path)
     ours = model.load_text_encoder("pipe", CPU)
     ids, mask = pipeline._tokenize_prompts(PROMPTS, "cpu")
     theirs = pipeline.text_encoder(input_ids=ids, attention_mask=mask).last_hidden_state[mask]
@@ -727,8 +732,8 @@ def test_settings_become_flags_whatever_the_fields(monkeypatch, capsys):
     ("command", "sentence"),
     [
         ("train.py --batch_size 3", "is --batch-size meant?"),
-        ("train.py --ema 1.5", "--ema is a share, from 0 to 1"),
-        ("train.py --lr -1", "--lr -1.0 has to be from 0"),
+        ("train.py --ema 1.5", "--ema 1.5 has to be from 0 to 1"),
+        ("train.py --lr -1", "--lr -1.0 is not from 0 to inf"),
         ("sample.py a --n 0", "--n 0 draws nothing"),
         ("train.py --data nowhere", "nowhere/meta.json"),
         ("train.py --device mps", "finds no such device"),

@@ -42,7 +42,9 @@ class Settings:
 
     data: Annotated[str, "a cache that prepare.py wrote"] = "data/scenes"
     out: Annotated[str, "folder of the run; '': out/ and the cache's name"] = ""
-    init: Annotated[str, "a run or an official PRX to begin with; its sizes and shift stay"] = ""
+    init: Annotated[
+        str, "a run or an official PRX to begin with; its sizes, predict, shift stay"
+    ] = ""
     steps: Annotated[int, "optimizer steps; with more a finished run goes on"] = 1200
     batch_size: Annotated[int, "pictures in a step, over all processes (PRX: 256)"] = 128
     micro_batch: Annotated[int, "pictures a process takes at once, to save memory; 0: all"] = 0
@@ -82,7 +84,8 @@ class Settings:
                 raise UserError(f"--{name.replace('_', '-')} 0 has to be 1 or more")
         for name in ("repa_until", "route", "caption_dropout", "ema", "held_out"):
             if getattr(self, name) > 1:
-                raise UserError(f"--{name.replace('_', '-')} is a share, from 0 to 1")
+                flag = "--" + name.replace("_", "-")
+                raise UserError(f"{flag} {getattr(self, name)} has to be from 0 to 1")
 
 
 # --------------------------------------------------------------------------------------- the data
@@ -444,7 +447,10 @@ class Run:
         self.ema.save_pretrained(folder / "ema")
         model.write_json(folder / "ema" / "nanoprx.json", self.info)
         with whole_file(folder / "ckpt.pt") as file:
-            torch.save(state, file)
+            try:
+                torch.save(state, file)
+            except RuntimeError as error:  # which hides what the disk said
+                raise OSError("torch.save failed, is the disk full?") from error
 
     def load(self, folder):
         """Go on from a folder's checkpoint. Raises UserError if it is of another run, or broken."""
@@ -588,9 +594,9 @@ def read_prompts(settings, cache, held_out):
             lines = Path(settings.prompts).read_text("utf-8").splitlines()
         except (OSError, ValueError) as error:
             raise UserError(f"--prompts {settings.prompts} cannot be read: {error}") from error
-    else:  # held-out captions of the first shard, or if there are none, its first ones
+    else:  # held-out captions of the first shard, and if they are few, its first ones
         captions = prepare.read_captions(cache.folder / next(iter(cache.meta["shards"])))
-        lines = [captions[index] for index in held_out if index < len(captions)] or captions
+        lines = [captions[index] for index in held_out if index < len(captions)] + captions
     prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))[:12]
     if not prompts:
         raise UserError(f"--prompts {settings.prompts} holds no prompt; it takes one a line")
@@ -632,7 +638,7 @@ def train(settings):
         if rank == 0 and (folder / "log.csv").exists():
             run.trim_log(folder / "log.csv")
         if rank == 0 and run.step >= settings.steps:
-            print(f"{folder} is complete: more --steps go on, another --out begins anew")
+            print(f"{folder} has made its {run.step} steps; give more --steps, or another --out")
     pipeline = Pipeline(run.ema, run.info, compute)
     compiles = can_compile(settings, compute)
     if rank == 0:
