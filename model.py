@@ -603,8 +603,8 @@ class T5(nn.Module):
         return self.encoder["final_layer_norm"](x)
 
 
-# What diffusers does to a plain English prompt. It also takes out addresses, numbers as in #5 and
-# page 3, codes as in A380, names of files and their kinds, and Chinese.
+# What diffusers does to a plain English prompt. Not here are its rules that take out addresses,
+# numbers as in #5 and page 3, codes as in A380, names of files and their kinds, and Chinese.
 CLEANING = (
     ("[\u2010-\u2015-]+", "-"),
     ("[`´«»¨]", '"'),

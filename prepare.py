@@ -134,10 +134,11 @@ def leave_open(scene, rng):
 
 
 def fill_in(told, rng):
-    """The scene that people expect when they leave something open, as they do with what is usual:
-    two things stand side by side in the order told, one lies at the bottom; what has no colour is
-    black, or white on black; the background is white or black (or blue, if both are taken)."""
-    things, usual_places = [], ["bottom"] if len(told.things) == 1 else ["left", "right"]
+    """The scene that people expect where they leave something open. Two things stand side by side
+    in the order told, and one lies at the bottom. A thing is black, or white on black. The
+    background is white or black, or blue if both are taken."""
+    things = []
+    usual_places = ["bottom"] if len(told.things) == 1 else ["left", "right"]
     for thing, usual_place in zip(told.things, usual_places, strict=True):
         colour = thing.colour or ("white" if told.background == "black" else "black")
         things.append(put(colour, thing.shape, thing.place or usual_place, rng))
@@ -397,8 +398,10 @@ def add_flag(parser, field, hint, positional):
         how |= {"type": typing.get_args(kind)[0], "nargs": "*"}
     elif field.name == positional:
         how["nargs"] = "?"
-    is_flag = field.name != positional
-    parser.add_argument("--" + field.name.replace("_", "-") if is_flag else field.name, **how)
+    name = "--" + field.name.replace("_", "-")
+    if field.name == positional:
+        name = positional
+    parser.add_argument(name, **how)
 
 
 def run_script(main, settings_class, description, positional=None):

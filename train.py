@@ -569,7 +569,9 @@ def finish(folder, pipeline, run):
     paths = sorted((folder / "samples").glob("step_*.png"))
     if paths:  # unless the user has deleted them
         step = math.ceil(len(paths) / 50)
-        first, *others = [Image.open(path) for path in paths[::step]]
+        kept = [Image.open(path) for path in paths[::step]]
+        # A GIF has 256 colours. This method keeps those of small things true, too.
+        first, *others = [sheet.quantize(method=Image.Quantize.FASTOCTREE) for sheet in kept]
         with whole_file(folder / "learning.gif") as file:
             first.save(file, "gif", save_all=True, append_images=others, duration=400, loop=0)
     print(f"{folder} took {run.seconds / 60:.1f} minutes; python sample.py --run {folder} PROMPT")
