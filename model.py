@@ -12,7 +12,7 @@ import math
 import os
 import re
 import unicodedata
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import huggingface_hub
@@ -48,22 +48,24 @@ class PRXConfig:
     bottleneck_size: int | None = None
 
 
-def rope_angles(rows, columns, axes_dim, theta, device):
-    """Angles (rows * columns, d / 2), d = sum(axes_dim), of the 2-D rotary embedding (2104.09864):
-    axes_dim[0] dimensions of a head turn with a token's row, the others with its column."""
+def rotations(rows, columns, axes_dim, theta, device):
+    """Cosines and sines (2, rows * columns, d / 2), d = sum(axes_dim), of the 2-D rotary embedding
+    (2104.09864): axes_dim[0] dimensions of a head turn with a token's row, the others with its
+    column."""
     row = torch.arange(rows, device=device).repeat_interleave(columns)
     column = torch.arange(columns, device=device).repeat(rows)
     angles = []
     for position, dim in ((row, axes_dim[0]), (column, axes_dim[1])):
         rates = theta ** -(torch.arange(0, dim, 2, device=device) / dim)
         angles.append(position[:, None] * rates)
-    return torch.cat(angles, dim=1)
+    angles = torch.cat(angles, dim=1)
+    return torch.stack((angles.cos(), angles.sin()))
 
 
-def apply_rope(x, angles):
-    """Turn each pair (a, b) in the last axis of x (B, heads, L, d) by its angle (..., L, d / 2)."""
+def apply_rope(x, rope):
+    """Turn each pair (a, b) in the last axis of x (B, heads, L, d) by `rotations`."""
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = angles.cos(), angles.sin()
+    cos, sin = rope
     return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
 
 
@@ -90,15 +92,15 @@ class Attention(nn.Module):
         self.norm_added_k = nn.RMSNorm(width // heads, eps=1e-6)
         self.to_out = nn.ModuleList([nn.Linear(width, width, bias=False)])
 
-    def forward(self, img, txt, angles, mask):
-        """img (B, L, D), txt (B, T, D), angles (..., L, d / 2) and mask (B, T) to (B, L, D)."""
+    def forward(self, img, txt, rope, mask):
+        """img (B, L, D), txt (B, T, D), rope (2, ..., L, d / 2) and mask (B, T) to (B, L, D)."""
         qkv = self.img_qkv_proj(img)
         # On a CPU flash attention is up to seven times slower in bf16 than in float32.
         dtype = torch.float32 if img.device.type == "cpu" else qkv.dtype
         q, k, v = split_heads(qkv.float(), 3 * self.heads).chunk(3, dim=1)
         txt_k, txt_v = split_heads(self.txt_kv_proj(txt).float(), 2 * self.heads).chunk(2, dim=1)
-        q = apply_rope(self.norm_q(q), angles)
-        k = torch.cat((self.norm_added_k(txt_k), apply_rope(self.norm_k(k), angles)), dim=2)
+        q = apply_rope(self.norm_q(q), rope)
+        k = torch.cat((self.norm_added_k(txt_k), apply_rope(self.norm_k(k), rope)), dim=2)
         v = torch.cat((txt_v, v), dim=2)  # (B, heads, T + L, d)
         if mask is not None:  # image tokens are always seen
             mask = F.pad(mask, (0, img.shape[1]), value=True)[:, None, None]
@@ -121,11 +123,11 @@ class Block(nn.Module):
         self.down_proj = nn.Linear(inner, width, bias=False)
         self.modulation = nn.ModuleDict({"lin": nn.Linear(width, 6 * width)})
 
-    def forward(self, img, txt, time, angles, mask):
-        """img (B, L, D), txt (B, T, D), time (B, D), angles and mask as above, to (B, L, D)."""
+    def forward(self, img, txt, time, rope, mask):
+        """img (B, L, D), txt (B, T, D), time (B, D), rope and mask as above, to (B, L, D)."""
         modulation = self.modulation["lin"](F.silu(time))[:, None]  # (B, 1, 6 D)
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation.chunk(6, dim=-1)
-        y = self.attention(modulate(img, shift, scale), txt, angles, mask)
+        y = self.attention(modulate(img, shift, scale), txt, rope, mask)
         img = torch.addcmul(img, gate, y)
         y = modulate(img, mlp_shift, mlp_scale)
         y = self.down_proj(F.gelu(self.gate_proj(y), approximate="tanh") * self.up_proj(y))
@@ -180,8 +182,8 @@ class PRX(nn.Module):
         img = self.img_in(F.pixel_unshuffle(x, patch).flatten(2).mT)  # (B, L, D)
         txt = self.txt_in(text)
         time = self.embed_timesteps(t)
-        all_angles = rope_angles(rows, columns, self.config.axes_dim, self.config.theta, x.device)
-        angles = all_angles
+        all_rope = rotations(rows, columns, self.config.axes_dim, self.config.theta, x.device)
+        rope = all_rope
         features = None
         # TREAD routes blocks 2 to 12 of 16 (PRX), 2 to 6 of 8, 1 of 3, and never the last one.
         depth = len(self.blocks)
@@ -191,18 +193,18 @@ class PRX(nn.Module):
                 all_img = img
                 kept_rows = keep[:, :, None].expand(-1, -1, img.shape[2])  # (B, S, D)
                 img = img.gather(1, kept_rows)
-                angles = all_angles[keep][:, None]  # (B, 1, S, d / 2)
+                rope = all_rope[:, keep][:, :, None]  # (2, B, 1, S, d / 2)
             if self.checkpoint_blocks and self.training:  # or computed a second time there
-                inputs = (img, txt, time, angles, mask)
+                inputs = (img, txt, time, rope, mask)
                 img = torch.utils.checkpoint.checkpoint(block, *inputs, use_reentrant=False)
             else:
-                img = block(img, txt, time, angles, mask)
+                img = block(img, txt, time, rope, mask)
             is_middle = number == max(first, depth // 2 - 1)  # the 8th of 16, as in PRX
             if is_middle and self.projector is not None and self.training:
                 features = self.projector(img)
             if keep is not None and number == last:
                 img = all_img.scatter(1, kept_rows, img)
-                angles = all_angles
+                rope = all_rope
         shift, scale = self.final_layer["adaLN_modulation"](time)[:, None].chunk(2, dim=-1)
         img = self.final_layer["linear"](modulate(img, shift, scale))  # (B, L, C * patch * patch)
         output = F.pixel_shuffle(img.mT.unflatten(2, (rows, columns)), patch)
@@ -536,6 +538,7 @@ class T5(nn.Module):
         self.dim, self.heads = config["d_model"], config["num_heads"]
         vocabulary = tokenizer["model"]["vocab"]
         self.pieces = {piece: (score, id) for id, (piece, score) in enumerate(vocabulary)}
+        self.split_word = lru_cache(2**16)(self.split_word)  # as most words come again
         self.shared = nn.Embedding(config["vocab_size"], self.dim)
         inner, wide, blocks = self.heads * config["d_kv"], config["d_ff"], nn.ModuleList()
         for _ in range(config["num_layers"]):
@@ -699,6 +702,7 @@ class T5Gemma(nn.Module):
         self.ranks = {}  # of pairs of pieces; a file has them as "a b" or as ["a", "b"]
         for rank, pair in enumerate(tokenizer["model"]["merges"]):
             self.ranks[tuple(pair.split(" ") if isinstance(pair, str) else pair)] = rank
+        self.split_word = lru_cache(2**16)(self.split_word)  # as most words come again
         self.added = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
         longest_first = sorted(map(re.escape, self.added), key=len, reverse=True)
         self.added_pattern = re.compile(f"({'|'.join(longest_first)})")

@@ -26,6 +26,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import tarfile
@@ -523,11 +524,20 @@ def find_items(settings):
         return range(settings.limit), draw_scene
     source = Path(settings.source)
     if not source.exists():
-        raise UserError(
-            f"there is no {settings.source}; give a folder of pictures or tars (README.md says how "
-            "to download a data set of the Hub)"
-        )
+        advice = hub_advice(settings.source)
+        raise UserError(f"there is no {settings.source}; give a folder of pictures or tars{advice}")
     return pair_up(list_files(source))[: settings.limit], load_item
+
+
+def hub_advice(source):
+    """How to download what may be a data set of the Hub: user/name, user/name@revision, a URL."""
+    url = r"https://huggingface\.co/datasets/"
+    match = re.fullmatch(rf"(?:{url})?([\w.-]+/([\w.-]+))(?:(?:@|/tree/)([\w.-]+))?", source)
+    if match is None:
+        return ""
+    name, folder, revision = match.groups()
+    what = f"{name} --repo-type dataset" + (f" --revision {revision}" if revision else "")
+    return f", or download it first, if it is on the Hub: hf download {what} --local-dir {folder}"
 
 
 @contextlib.contextmanager

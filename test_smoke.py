@@ -188,11 +188,36 @@ def test_routed_tokens_skip_the_blocks_that_prx_routes():
     lengths = [inputs[0].shape[1] for inputs, _ in calls]
     assert lengths == [16] * 2 + [3] * 11 + [16] * 3  # blocks 2 to 12 of 16
     rows = torch.arange(2)[:, None]
-    before, after, full_angles = calls[1][1], calls[13][0][0], calls[0][0][3]
-    routed_img, _, _, routed_angles, _ = calls[2][0]
+    before, after, full_rope = calls[1][1], calls[13][0][0], calls[0][0][3]
+    routed_img, _, _, routed_rope, _ = calls[2][0]
     assert torch.equal(routed_img, before[rows, keep])
-    assert torch.equal(routed_angles[:, 0], full_angles[keep])
+    assert torch.equal(routed_rope[:, :, 0], full_rope[:, keep])
     assert torch.equal(after, before.index_put((rows, keep), calls[12][1]))
+
+
+def test_blocks_compile_to_one_graph_without_breaks():
+    network, graphs = random_prx(in_channels=3, depth=4), []
+    inputs = torch.randn(2, 3, 32, 32), torch.rand(2), torch.randn(2, 5, 24)
+    expected = network(*inputs)
+
+    def compiler(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    for block in network.blocks:
+        block.compile(backend=compiler, fullgraph=True)
+    torch.testing.assert_close(network(*inputs), expected)
+    assert len(graphs) == 1
+
+
+def test_only_long_runs_are_compiled_and_only_on_cuda(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: True)
+    for device, steps, expected in (("cuda", 5000, True), ("cuda", 9, False), ("cpu", 5000, False)):
+        compute = model.Compute(torch.device(device), torch.float32)
+        assert train.can_compile(train.Settings(steps=steps), compute) is expected
+        assert train.can_compile(train.Settings(steps=steps, compile="on"), compute)
+        assert not train.can_compile(train.Settings(steps=steps, compile="off"), compute)
 
 
 def test_velocity_is_noise_minus_picture():
@@ -738,6 +763,7 @@ def test_settings_become_flags_whatever_the_fields(monkeypatch, capsys):
         ("train.py --data nowhere", "nowhere/meta.json"),
         ("train.py --device mps", "finds no such device"),
         ("prepare.py nowhere", "there is no nowhere"),
+        ("prepare.py user/name@v1", "hf download user/name --repo-type dataset --revision v1"),
         ("prepare.py --codec .", "no tiny autoencoder"),
         ("prepare.py --size 100", "104 is one"),
         ("prepare.py --text x/y", "x/y is no folder"),

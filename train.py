@@ -75,7 +75,9 @@ class Settings:
     ema: Annotated[float, "decay of the averaged weights a step (PRX: 0.999 every 10)"] = 0.98
     device: Annotated[Literal["auto", "cpu", "cuda", "mps"], "auto: the best there is"] = "auto"
     dtype: Annotated[Literal["auto", "bf16", "fp16", "fp32"], "of matrix products"] = "auto"
-    compile: Annotated[Literal["auto", "on", "off"], "torch.compile; auto: on CUDA"] = "auto"
+    compile: Annotated[
+        Literal["auto", "on", "off"], "torch.compile; auto: on CUDA, for more than 1,500 steps"
+    ] = "auto"
 
     def __post_init__(self):
         self.out = self.out or f"out/{Path(self.data).resolve().name}"
@@ -99,13 +101,18 @@ class Cache:
         self.shards, self.starts = [], [0]
         try:
             for name, count in self.meta["shards"].items():
-                shard = {each: np.load(self.folder / name / f"{each}.npy", "r") for each in names}
+                shard = {each: self.mapped(f"{name}/{each}.npy") for each in names}
                 if len(shard["latents"]) != count or len(shard["text"]) != shard["offsets"][-1]:
                     raise ValueError(f"the files of {name} do not fit each other")
                 self.shards.append(shard)
                 self.starts.append(self.starts[-1] + count)
         except (KeyError, OSError, ValueError) as error:
             raise UserError(f"{folder} is no whole cache, prepare it anew: {error}") from error
+
+    def mapped(self, name):
+        """An array of the cache, which is read from the disk where it is used. As a plain array, as
+        np.memmap takes longer than the copying for each row."""
+        return np.asarray(np.load(self.folder / name, "r"))
 
     def split(self, share):
         """The indices of the examples to train on, and of those held out: a share, at most about
@@ -122,8 +129,8 @@ class Cache:
         with a teacher, its features (B, D, h, w)."""
         text = np.zeros((len(indices), self.meta["tokens"], self.meta["text_dim"]), np.float32)
         latents, features = [], []
-        for place, index in enumerate(indices):
-            number = np.searchsorted(self.starts, index, "right") - 1
+        numbers = np.searchsorted(self.starts, indices, "right") - 1
+        for place, (index, number) in enumerate(zip(indices, numbers, strict=True)):
             shard, row = self.shards[number], index - self.starts[number]
             start, stop = shard["offsets"][row : row + 2]
             text[place, : stop - start] = shard["text"][start:stop]
@@ -228,19 +235,20 @@ class Muon(torch.optim.Optimizer):
         for p in group["params"]:
             if "average" not in self.state[p]:
                 self.state[p]["average"] = torch.zeros_like(p)
-            self.state[p]["average"].lerp_(p.grad, 1 - group["momentum"])
             by_shape.setdefault(p.shape, []).append(p)
         chunks = []  # of at most 2^26 numbers, as the work below takes several times their memory
         for parameters in by_shape.values():
             size = max(1, 2**26 // parameters[0].numel())
             chunks += [parameters[i : i + size] for i in range(0, len(parameters), size)]
         for parameters in chunks:
-            averages = torch.stack([self.state[p]["average"] for p in parameters])
-            gradients = torch.stack([p.grad for p in parameters])
-            updates = gradients.lerp(averages, group["momentum"])  # Nesterov's look ahead
-            updates = orthogonalize(updates.to(self.dtype)).float()
-            for p, update in zip(parameters, updates, strict=True):
-                p.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(p.shape)))
+            averages = [self.state[p]["average"] for p in parameters]
+            gradients = [p.grad for p in parameters]
+            torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
+            # Nesterov's look ahead
+            updates = torch.stack(torch._foreach_lerp(gradients, averages, group["momentum"]))
+            updates = orthogonalize(updates.to(self.dtype)).to(updates.dtype)
+            rate = group["lr"] * 0.2 * math.sqrt(max(parameters[0].shape))
+            torch._foreach_add_(parameters, list(updates), alpha=-rate)
 
 
 def orthogonalize(x):
@@ -582,9 +590,12 @@ def finish(folder, pipeline, run):
 
 # ------------------------------------------------------------------------------------ the main part
 def can_compile(settings, compute):
-    """Whether torch.compile is asked for, or asked to be used where it works and pays."""
-    if settings.compile != "auto" or compute.device.type != "cuda":
+    """Whether torch.compile is asked for, or asked to be used where it works and pays: it takes
+    about 20 seconds on an H200, more than a short run gains."""
+    if settings.compile != "auto":
         return settings.compile == "on"
+    if compute.device.type != "cuda" or settings.steps <= 1500:
+        return False
     has_triton = importlib.util.find_spec("triton") is not None  # Windows lacks it
     return has_triton and torch.cuda.get_device_capability() >= (7, 0)  # as it demands
 
@@ -646,7 +657,8 @@ def train(settings):
     if rank == 0:
         report(run, compute, compiles, trained, held_out, prompts, world_size)
     if compiles:
-        run.model.compile()
+        for block in run.model.blocks:  # alike, so that one is compiled for all
+            block.compile()
     network = run.model
     if world_size > 1:
         network = DistributedDataParallel(network, gradient_as_bucket_view=True)
