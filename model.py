@@ -12,7 +12,7 @@ import math
 import os
 import re
 import unicodedata
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 
 import huggingface_hub
@@ -48,7 +48,7 @@ class PRXConfig:
     bottleneck_size: int | None = None
 
 
-def rotations(rows, columns, axes_dim, theta, device):
+def rope_table(rows, columns, axes_dim, theta, device):
     """Cosines and sines (2, rows * columns, d / 2), d = sum(axes_dim), of the 2-D rotary embedding
     (2104.09864): axes_dim[0] dimensions of a head turn with a token's row, the others with its
     column."""
@@ -63,7 +63,8 @@ def rotations(rows, columns, axes_dim, theta, device):
 
 
 def apply_rope(x, rope):
-    """Turn each pair (a, b) in the last axis of x (B, heads, L, d) by `rotations`."""
+    """Turn each pair (a, b) in the last axis of x (B, heads, L, d) by the angles whose cosines and
+    sines are in rope (2, ..., L, d / 2)."""
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = rope
     return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
@@ -157,7 +158,7 @@ class PRX(nn.Module):
         for name, parameter in self.named_parameters():
             if "modulation" in name or "final_layer" in name:
                 nn.init.zeros_(parameter)  # blocks begin as the identity, the output as 0
-        self.checkpoint_blocks = False  # activations inside of blocks are kept for backward
+        self.checkpoint_blocks = False
         self.projector = None
         if repa_dim is not None:
             layers = [nn.Linear(width, repa_dim), nn.SiLU(), nn.Linear(repa_dim, repa_dim)]
@@ -182,7 +183,7 @@ class PRX(nn.Module):
         img = self.img_in(F.pixel_unshuffle(x, patch).flatten(2).mT)  # (B, L, D)
         txt = self.txt_in(text)
         time = self.embed_timesteps(t)
-        all_rope = rotations(rows, columns, self.config.axes_dim, self.config.theta, x.device)
+        all_rope = rope_table(rows, columns, self.config.axes_dim, self.config.theta, x.device)
         rope = all_rope
         features = None
         # TREAD routes blocks 2 to 12 of 16 (PRX), 2 to 6 of 8, 1 of 3, and never the last one.
@@ -194,7 +195,7 @@ class PRX(nn.Module):
                 kept_rows = keep[:, :, None].expand(-1, -1, img.shape[2])  # (B, S, D)
                 img = img.gather(1, kept_rows)
                 rope = all_rope[:, keep][:, :, None]  # (2, B, 1, S, d / 2)
-            if self.checkpoint_blocks and self.training:  # or computed a second time there
+            if self.checkpoint_blocks and self.training:  # computed a second time in backward
                 inputs = (img, txt, time, rope, mask)
                 img = torch.utils.checkpoint.checkpoint(block, *inputs, use_reentrant=False)
             else:
@@ -538,7 +539,7 @@ class T5(nn.Module):
         self.dim, self.heads = config["d_model"], config["num_heads"]
         vocabulary = tokenizer["model"]["vocab"]
         self.pieces = {piece: (score, id) for id, (piece, score) in enumerate(vocabulary)}
-        self.split_word = lru_cache(2**16)(self.split_word)  # as most words come again
+        self.words = {}  # and their ids, as most come again
         self.shared = nn.Embedding(config["vocab_size"], self.dim)
         inner, wide, blocks = self.heads * config["d_kv"], config["d_ff"], nn.ModuleList()
         for _ in range(config["num_layers"]):
@@ -561,7 +562,12 @@ class T5(nn.Module):
         text = re.sub("[\u1680\u200b-\u200f\u2581\ufeff\ufffd]", " ", text)
         # The tokenizer's own table is NFKC, except that it leaves the wide tilde alone.
         text = "～".join(unicodedata.normalize("NFKC", part) for part in text.split("～"))
-        return [id for word in text.split() for id in self.split_word("▁" + word)] + [self.end]
+        ids = []
+        for word in text.split():
+            if word not in self.words:
+                self.words[word] = self.split_word("▁" + word)
+            ids += self.words[word]
+        return [*ids, self.end]
 
     def split_word(self, word):
         """The most probable pieces, by Viterbi's algorithm (arXiv 1804.10959): the best split of
@@ -702,7 +708,7 @@ class T5Gemma(nn.Module):
         self.ranks = {}  # of pairs of pieces; a file has them as "a b" or as ["a", "b"]
         for rank, pair in enumerate(tokenizer["model"]["merges"]):
             self.ranks[tuple(pair.split(" ") if isinstance(pair, str) else pair)] = rank
-        self.split_word = lru_cache(2**16)(self.split_word)  # as most words come again
+        self.words = {}  # and their ids, as most come again
         self.added = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
         longest_first = sorted(map(re.escape, self.added), key=len, reverse=True)
         self.added_pattern = re.compile(f"({'|'.join(longest_first)})")
@@ -719,7 +725,9 @@ class T5Gemma(nn.Module):
                 continue
             # No piece goes on behind the end of a word, so that each word can be cut alone.
             for word in re.findall("▁*[^▁]+|▁+", part.replace(" ", "▁")):
-                ids += self.split_word(word)
+                if word not in self.words:
+                    self.words[word] = self.split_word(word)
+                ids += self.words[word]
         return ids
 
     def split_word(self, word):

@@ -532,8 +532,8 @@ def find_items(settings):
 def hub_advice(source):
     """How to download what may be a data set of the Hub: user/name, user/name@revision, a URL."""
     url = r"https://huggingface\.co/datasets/"
-    match = re.fullmatch(rf"(?:{url})?([\w.-]+/([\w.-]+))(?:(?:@|/tree/)([\w.-]+))?", source)
-    if match is None:
+    match = re.fullmatch(rf"(?:{url})?(\w[\w.-]*/(\w[\w.-]*))(?:(?:@|/tree/)([\w.-]+))?", source)
+    if match is None or source.endswith(".tar"):
         return ""
     name, folder, revision = match.groups()
     what = f"{name} --repo-type dataset" + (f" --revision {revision}" if revision else "")

@@ -7,6 +7,7 @@ The same command again goes on where the run stopped. The folder of a run, out/s
 `ckpt.pt`, `ema/` (the averaged weights, to sample with), `log.csv`, `samples/`, `learning.gif`.
 """
 
+import bisect
 import copy
 import csv
 import dataclasses
@@ -101,7 +102,7 @@ class Cache:
         self.shards, self.starts = [], [0]
         try:
             for name, count in self.meta["shards"].items():
-                shard = {each: self.mapped(f"{name}/{each}.npy") for each in names}
+                shard = {each: self.map_array(f"{name}/{each}.npy") for each in names}
                 if len(shard["latents"]) != count or len(shard["text"]) != shard["offsets"][-1]:
                     raise ValueError(f"the files of {name} do not fit each other")
                 self.shards.append(shard)
@@ -109,9 +110,9 @@ class Cache:
         except (KeyError, OSError, ValueError) as error:
             raise UserError(f"{folder} is no whole cache, prepare it anew: {error}") from error
 
-    def mapped(self, name):
-        """An array of the cache, which is read from the disk where it is used. As a plain array, as
-        np.memmap takes longer than the copying for each row."""
+    def map_array(self, name):
+        """An array of the cache, read from the disk only where it is used. It is a plain one, as
+        indexing an np.memmap takes longer than copying a row."""
         return np.asarray(np.load(self.folder / name, "r"))
 
     def split(self, share):
@@ -129,8 +130,8 @@ class Cache:
         with a teacher, its features (B, D, h, w)."""
         text = np.zeros((len(indices), self.meta["tokens"], self.meta["text_dim"]), np.float32)
         latents, features = [], []
-        numbers = np.searchsorted(self.starts, indices, "right") - 1
-        for place, (index, number) in enumerate(zip(indices, numbers, strict=True)):
+        for place, index in enumerate(indices):
+            number = bisect.bisect_right(self.starts, index) - 1
             shard, row = self.shards[number], index - self.starts[number]
             start, stop = shard["offsets"][row : row + 2]
             text[place, : stop - start] = shard["text"][start:stop]
@@ -243,10 +244,10 @@ class Muon(torch.optim.Optimizer):
         for parameters in chunks:
             averages = [self.state[p]["average"] for p in parameters]
             gradients = [p.grad for p in parameters]
+            # _foreach_ does for a whole list, in few kernels, what a loop does in many.
             torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
-            # Nesterov's look ahead
-            updates = torch.stack(torch._foreach_lerp(gradients, averages, group["momentum"]))
-            updates = orthogonalize(updates.to(self.dtype)).to(updates.dtype)
+            ahead = torch._foreach_lerp(gradients, averages, group["momentum"])  # Nesterov's look
+            updates = orthogonalize(torch.stack(ahead).to(self.dtype)).to(ahead[0].dtype)
             rate = group["lr"] * 0.2 * math.sqrt(max(parameters[0].shape))
             torch._foreach_add_(parameters, list(updates), alpha=-rate)
 
@@ -590,8 +591,8 @@ def finish(folder, pipeline, run):
 
 # ------------------------------------------------------------------------------------ the main part
 def can_compile(settings, compute):
-    """Whether torch.compile is asked for, or asked to be used where it works and pays: it takes
-    about 20 seconds on an H200, more than a short run gains."""
+    """Whether torch.compile is asked for, or asked to be used where it works and pays: it takes 10
+    to 20 seconds on an H200, more than a short run of a small network gains."""
     if settings.compile != "auto":
         return settings.compile == "on"
     if compute.device.type != "cuda" or settings.steps <= 1500:
@@ -657,7 +658,7 @@ def train(settings):
     if rank == 0:
         report(run, compute, compiles, trained, held_out, prompts, world_size)
     if compiles:
-        for block in run.model.blocks:  # alike, so that one is compiled for all
+        for block in run.model.blocks:  # all alike, so that the first is compiled for all
             block.compile()
     network = run.model
     if world_size > 1:
