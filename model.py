@@ -43,9 +43,9 @@ class PRXConfig:
     depth: int = 16
     axes_dim: tuple = (32, 32)  # rotary dimensions for rows and for columns, together a head
     theta: int = 10000
-    time_factor: float = 1000.0
-    time_max_period: int = 10000
-    bottleneck_size: int | None = None
+    time_factor: float = 1000.0  # by which timesteps in [0, 1] are multiplied before their waves
+    time_max_period: int = 10000  # of these waves
+    bottleneck_size: int | None = None  # width between two layers that read pixel patches
 
 
 def rope_table(rows, columns, axes_dim, theta, device):
@@ -96,15 +96,15 @@ class Attention(nn.Module):
     def forward(self, img, txt, rope, mask):
         """img (B, L, D), txt (B, T, D), rope (2, ..., L, d / 2) and mask (B, T) to (B, L, D)."""
         qkv = self.img_qkv_proj(img)
-        # On a CPU flash attention is up to seven times slower in bf16 than in float32.
-        dtype = torch.float32 if img.device.type == "cpu" else qkv.dtype
         q, k, v = split_heads(qkv.float(), 3 * self.heads).chunk(3, dim=1)
         txt_k, txt_v = split_heads(self.txt_kv_proj(txt).float(), 2 * self.heads).chunk(2, dim=1)
         q = apply_rope(self.norm_q(q), rope)
         k = torch.cat((self.norm_added_k(txt_k), apply_rope(self.norm_k(k), rope)), dim=2)
         v = torch.cat((txt_v, v), dim=2)  # (B, heads, T + L, d)
         if mask is not None:  # image tokens are always seen
-            mask = F.pad(mask, (0, img.shape[1]), value=True)[:, None, None]
+            mask = F.pad(mask, (0, img.shape[1]), value=True)[:, None, None]  # (B, 1, 1, T + L)
+        # On a CPU flash attention is up to seven times slower in bf16, which autocast would choose.
+        dtype = torch.float32 if img.device.type == "cpu" else qkv.dtype
         with torch.autocast(img.device.type, enabled=False):
             out = F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype), mask)
         return self.to_out[0](out.transpose(1, 2).flatten(2))
@@ -200,7 +200,8 @@ class PRX(nn.Module):
                 img = torch.utils.checkpoint.checkpoint(block, *inputs, use_reentrant=False)
             else:
                 img = block(img, txt, time, rope, mask)
-            is_middle = number == max(first, depth // 2 - 1)  # the 8th of 16, as in PRX
+            # The 8th of 16, as in PRX, and always a routed one: compute_loss counts on S tokens.
+            is_middle = number == max(first, depth // 2 - 1)
             if is_middle and self.projector is not None and self.training:
                 features = self.projector(img)
             if keep is not None and number == last:
@@ -222,17 +223,13 @@ class PRX(nn.Module):
     @classmethod
     def from_pretrained(cls, folder):
         """The model in a folder of diffusers' layout. Raises UserError if it holds none."""
-        with torch.device("meta"):
+        with torch.device("meta"):  # shapes only; load_weights puts the tensors of the file in
             model = cls(read_config(folder))
         return load_weights(model, read_weights(folder, *PRX_FILES), folder)
 
     def save_pretrained(self, folder):
         """Write config and weights, without REPA's projector, for diffusers and for us."""
-        weights = {
-            name: weight.contiguous()
-            for name, weight in self.state_dict().items()
-            if not name.startswith("projector.")
-        }
+        weights = {k: w for k, w in self.state_dict().items() if not k.startswith("projector.")}
         with whole_file(Path(folder) / PRX_FILES[0]) as file:
             save_file(weights, file.name, metadata={"format": "pt"})
         config = {"_class_name": "PRXTransformer2DModel", **dataclasses.asdict(self.config)}
@@ -247,7 +244,7 @@ def read_config(folder):
     saved = read_json(Path(folder) / "config.json")
     names = [field.name for field in dataclasses.fields(PRXConfig)]
     config = PRXConfig(**{name: saved[name] for name in names if name in saved})
-    return dataclasses.replace(config, axes_dim=tuple(config.axes_dim))
+    return dataclasses.replace(config, axes_dim=tuple(config.axes_dim))  # JSON made it a list
 
 
 # --------------------------------------------------------------------------------------- the flow
@@ -273,7 +270,7 @@ def sample_timesteps(n, shift, generator):
     device = generator.device
     start = torch.rand(1, generator=generator, device=device)
     quantiles = (torch.arange(n, device=device) / n + start) % 1
-    normal = math.sqrt(2) * torch.erfinv(2 * quantiles - 1)  # its inverse distribution function
+    normal = math.sqrt(2) * torch.erfinv(2 * quantiles - 1)  # the normal's values at them
     is_uniform = torch.rand(n, generator=generator, device=device) < 0.3
     return shift_time(torch.where(is_uniform, quantiles, normal.sigmoid()), shift).clamp(min=1e-3)
 
@@ -309,7 +306,7 @@ def pick_device(device="auto", dtype="auto"):
             best, reason = "bf16", "it has units for it"
     if device == "cpu":
         # A CPU without bf16 units emulates them, 50 times slower than float32. Intel's AVX-512
-        # without AMX has them and is slower all the same. (Old versions of torch cannot tell.)
+        # without AMX has them and is slower all the same. Old versions of torch cannot tell: {}.
         found = getattr(torch.cpu, "get_capabilities", dict)()
         is_intel = "Intel" in str(found.get("cpu_name"))
         reason = "it has no fast units for bf16"
@@ -325,19 +322,19 @@ def pick_device(device="auto", dtype="auto"):
 def whole_file(path):
     """A binary file to write to. It gets its name only when it is complete and on the disk; until
     then an older file of that name stays. Raises UserError if it cannot be written."""
-    partial = Path(f"{path}.partial")
+    unfinished = Path(f"{path}.partial")
     try:
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as file:
+        unfinished.parent.mkdir(parents=True, exist_ok=True)
+        with open(unfinished, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
+        os.replace(unfinished, path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be written: {error}") from error
     finally:
         with contextlib.suppress(OSError):
-            partial.unlink()
+            unfinished.unlink()
 
 
 def write_json(path, value):

@@ -185,6 +185,7 @@ def grid(pictures, prompts, columns):
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
     for number, (picture, prompt) in enumerate(zip(pictures, prompts, strict=True)):
         x, y = number % columns * (width + 8) + 4, number // columns * (height + 68) + 4
+        pen.rectangle((x - 1, y - 1, x + width, y + height), outline="lightgray")
         sheet.paste(Image.fromarray(picture).resize((width, height), Image.NEAREST), (x, y))
         letters = prompt.encode("latin-1", "backslashreplace").decode("latin-1")  # of this font
         text = "\n".join(textwrap.wrap(letters, width // 6)[:4])

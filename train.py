@@ -99,7 +99,7 @@ class Cache:
         self.folder = Path(folder)
         self.meta = model.read_json(self.folder / "meta.json")
         names = ["latents", "text", "offsets", "digest"] + (["teacher"] if with_teacher else [])
-        self.shards, self.starts = [], [0]
+        self.shards, self.starts = [], [0]  # starts: where each shard's indices begin, and the end
         try:
             for name, count in self.meta["shards"].items():
                 shard = {each: self.map_array(f"{name}/{each}.npy") for each in names}
@@ -126,12 +126,13 @@ class Cache:
         return np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
 
     def load(self, indices):
-        """Examples as [latents (B, C, H, W) as stored, text (B, tokens, D) padded with zeros] and,
-        with a teacher, its features (B, D, h, w)."""
+        """Examples as a list of tensors: latents (B, C, H, W), uint8 or float16 as stored, text
+        (B, T, D) float32, padded with zeros to the T of the longest caption in the cache, and, with
+        a teacher, its features (B, its D, h, w) float16."""
         text = np.zeros((len(indices), self.meta["tokens"], self.meta["text_dim"]), np.float32)
         latents, features = [], []
         for place, index in enumerate(indices):
-            number = bisect.bisect_right(self.starts, index) - 1
+            number = bisect.bisect_right(self.starts, index) - 1  # of the shard that has it
             shard, row = self.shards[number], index - self.starts[number]
             start, stop = shard["offsets"][row : row + 2]
             text[place, : stop - start] = shard["text"][start:stop]
@@ -163,6 +164,7 @@ def make_model(settings, meta):
     patch = settings.patch_size or (max(8, side // 16) if is_pixels else 2)
     width = settings.width or (128 if is_pixels else 384)
     heads = max(4, width // 64)
+    # A head's width is halved for rows and columns, and rope turns pairs: a multiple of 4.
     if width % (4 * heads) or side % patch:
         raise UserError(
             f"--width {width} has to be a multiple of {4 * heads} (4 x {heads} heads), and "
@@ -199,7 +201,8 @@ def start_from(settings, meta):
             f"{settings.init} takes {config.context_in_dim}: prepare with --text {info['text']}"
         )
     codecs = {name.removeprefix("madebyollin/") for name in (meta["codec"], info["codec"])}
-    is_other = len(codecs) == 2 and not any(Path(name).is_dir() for name in codecs)  # or copies
+    # A folder may hold the very codec that the other names, so it is let pass.
+    is_other = len(codecs) == 2 and not any(Path(name).is_dir() for name in codecs)
     if is_other or meta["latent_shape"][0] != config.in_channels:
         raise UserError(
             f"{data} has latents of {meta['codec']}, and {settings.init} takes those of "
@@ -222,7 +225,7 @@ def start_from(settings, meta):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose matrices are made orthogonal (kellerjordan.github.io/posts/muon), so that all
+    """Momentum whose updates are made orthogonal (kellerjordan.github.io/posts/muon), so that all
     directions learn alike. Updates are as large as AdamW's (arXiv 2502.16982)."""
 
     def __init__(self, matrices, lr, momentum, dtype):
@@ -248,6 +251,7 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
             ahead = torch._foreach_lerp(gradients, averages, group["momentum"])  # Nesterov's look
             updates = orthogonalize(torch.stack(ahead).to(self.dtype)).to(ahead[0].dtype)
+            # An orthogonal matrix has an RMS of 1 / sqrt(longer side); AdamW's updates have 0.2.
             rate = group["lr"] * 0.2 * math.sqrt(max(parameters[0].shape))
             torch._foreach_add_(parameters, list(updates), alpha=-rate)
 
@@ -298,24 +302,26 @@ def count_kept(tokens, settings):
 
 
 def normalize(latents, info):
-    """Latents (B, C, H, W) as they are stored, brought to mean 0 and deviation 1 a channel."""
+    """Latents (B, C, H, W) as stored, uint8 or float16, to float32, mean 0 and std 1 a channel."""
     if latents.dtype == torch.uint8:
         latents = latents / 127.5 - 1
     statistics = torch.tensor([info["mean"], info["std"]], device=latents.device)
-    mean, std = statistics[:, :, None, None]
+    mean, std = statistics[:, :, None, None]  # (C, 1, 1) each
     return (latents.float() - mean) / std
 
 
 def make_batch(examples, null_text, run, rank, world_size):
-    """Examples with noise and timesteps, as a dict: x, noise (B, C, H, W), t (B,), text (B, T, D),
-    and, if asked for, keep (B, S) and features (B, L, D).
+    """What `compute_loss` takes, from examples as `Cache.load` gives them: a dict of x, noise
+    (B, C, H, W), t (B,) in [0.001, 1], text (B, T, D), and, if asked for, keep (B, S), the numbers
+    of the tokens that go through all blocks, and a teacher's features (B, L, its D).
 
     Chance is drawn for the whole batch, from seed and step alone, and each process takes its rows.
     null_text (1, T, D) takes the place of dropped captions.
     """
     latents, text, *features = examples
-    settings, device, mine = run.settings, latents.device, slice(rank, None, world_size)
-    count = settings.batch_size
+    settings, device, count = run.settings, latents.device, run.settings.batch_size
+    mine = slice(rank, None, world_size)  # the share of `index_batches`
+    # Both are below 2^32, so that no two pairs of seed and step draw the same.
     dice = torch.Generator(device).manual_seed(settings.seed * 2**32 + run.step)
     noise = torch.randn(count, *latents.shape[1:], generator=dice, device=device)[mine]
     t = model.sample_timesteps(count, run.info["shift"], dice)[mine]
@@ -333,8 +339,9 @@ def make_batch(examples, null_text, run, rank, world_size):
 
 
 def compute_loss(network, batch, info, t_floor):
-    """The two parts of the loss: the mean squared error of velocities, and REPA's, which is the
-    mean cosine distance of projected tokens and a teacher's features, or 0 without those."""
+    """The two parts of the loss of a `make_batch`, scalars: the mean squared error of velocities,
+    and REPA's, which is the mean cosine distance, in [0, 2], of projected tokens and a teacher's
+    features, or 0 without those."""
     x, noise, t, text, keep = (batch.get(name) for name in ("x", "noise", "t", "text", "keep"))
     x_t = torch.lerp(x, noise, t[:, None, None, None])  # (1 - t) x + t noise
     mask = (text != 0).any(dim=2) if info["mask"] else None  # rows of zeros are padding
@@ -346,7 +353,8 @@ def compute_loss(network, batch, info, t_floor):
         if keep is not None:
             wanted = wanted.take_along_dim(keep[:, :, None], dim=1)
         repa = 1 - F.cosine_similarity(tokens.float(), wanted, dim=2).mean()
-    # For "v" this is the error of the output itself, for "x" its error over max(t, t_floor)^2.
+    # The truth goes through the same clamp. So for "x" this is the squared error of the picture,
+    # divided by max(t, t_floor)^2, and for "v" that of the output itself.
     truth = x if info["predict"] == "x" else noise - x
     predicted = velocity(output.float(), x_t, t, info["predict"], t_floor)
     return F.mse_loss(predicted, velocity(truth, x_t, t, info["predict"], t_floor)), repa
@@ -360,15 +368,18 @@ def learning_rate_factor(step, settings):
 
 
 def train_step(network, run, batch, compute):
-    """One step of all optimizers. Returns (3,): error of velocities, REPA's, norm of gradients."""
+    """One step of all optimizers. network is run.model, in DDP if there are several processes.
+    Returns (3,): this process's error of velocities and REPA's, and the norm before clipping."""
     settings, count = run.settings, len(batch["x"])
+    micro = settings.micro_batch or count
     # After repa_until REPA counts 0 times. It is still computed, as DDP needs a gradient for each
     # parameter.
     repa_weight = settings.repa if run.step < settings.repa_until * settings.steps else 0.0
-    losses, micro = torch.zeros(2, device=batch["x"].device), settings.micro_batch or count
+    losses = torch.zeros(2, device=batch["x"].device)
     for first in range(0, count, micro):
         part = {name: each[first : first + micro] for name, each in batch.items()}
-        network.require_backward_grad_sync = first + micro >= count  # of DDP: with the last part
+        # DDP averages gradients over processes in the last part's backward only.
+        network.require_backward_grad_sync = first + micro >= count
         with compute.autocast():
             mse, repa = compute_loss(network, part, run.info, settings.t_floor)
         share = len(part["x"]) / count
@@ -377,7 +388,8 @@ def train_step(network, run, batch, compute):
     for optimizer in run.optimizers:
         run.scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(network.parameters(), settings.clip)
-    # In float16 gradients overflow now and then. The step is left out, and the scale made smaller.
+    # In float16 gradients overflow now and then. The scaler would hold back only the optimizer
+    # whose gradients did. All are, as clipping by an infinite norm has spoilt the others', too.
     overflows = run.scaler.is_enabled() and not norm.isfinite()
     factor = learning_rate_factor(run.step, settings)
     for optimizer, rate in zip(run.optimizers, (settings.lr, settings.muon_lr), strict=False):
@@ -387,8 +399,8 @@ def train_step(network, run, batch, compute):
         optimizer.zero_grad()
     run.scaler.update()
     with torch.no_grad():
-        pair = list(run.ema.parameters()), list(run.model.parameters())
-        torch._foreach_lerp_(*pair, 1 - settings.ema)
+        averages, weights = list(run.ema.parameters()), list(run.model.parameters())
+        torch._foreach_lerp_(averages, weights, 1 - settings.ema)
     run.step += 1
     return torch.cat((losses, norm[None]))
 
@@ -399,15 +411,13 @@ BANDS = {"held_out_low": (0.0, 0.3), "held_out_middle": (0.3, 0.6), "held_out_hi
 
 @torch.no_grad()
 def validate(run, cache, indices, compute):
-    """Errors of velocities of held-out examples by the averaged weights, by band of timesteps; None
-    if nothing is held out. Noise and timesteps are fixed: only the weights make a difference."""
-    if len(indices) == 0:
-        return dict.fromkeys(BANDS)
-    errors = dict.fromkeys(BANDS, 0.0)
+    """Errors of velocities of held-out examples by the averaged weights, a dict by BANDS, empty if
+    nothing is held out. Noise and timesteps are fixed: only the weights make a difference."""
+    errors = dict.fromkeys(BANDS, 0.0) if len(indices) else {}
     at_once = pictures_at_once(run.info["latent_shape"])
     for first in range(0, len(indices), at_once):
-        examples = cache.load(indices[first : first + at_once])[:2]
-        latents, text = (example.to(compute.device) for example in examples)
+        examples = cache.load(indices[first : first + at_once])
+        latents, text, *_ = (example.to(compute.device) for example in examples)
         batch = {"x": normalize(latents, run.info), "text": text}
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(first))
         batch["noise"] = noise.to(compute.device)
@@ -425,14 +435,15 @@ class Run:
     """What goes on: the model, its average (EMA), the optimizers, and how far they are."""
 
     def __init__(self, settings, meta, compute):
-        self.settings, self.device, self.step, self.seconds = settings, compute.device, 0, 0.0
+        self.settings, self.device = settings, compute.device
+        self.step, self.seconds = 0, 0.0  # made and taken so far, before a resume, too
         torch.manual_seed(settings.seed)
         if settings.init:
             self.model, self.info = start_from(settings, meta)
         else:
             self.model = make_model(settings, meta)
             how = {"predict": settings.predict, "shift": settings.shift, "mask": False}
-            self.info = meta | how  # all it takes to draw
+            self.info = meta | how  # all it takes to draw, see sample.Pipeline
         self.model.checkpoint_blocks = settings.checkpoint_blocks
         self.model.to(self.device)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
@@ -480,15 +491,16 @@ class Run:
         with whole_file(path) as file:
             file.write("".join(lines[:1] + rows).encode())
 
-    def measure(self, rows, seconds, world_size):
-        """A row of log.csv: means over processes and rows of what train_step gave, the learning
-        rates, and the speed, if it took so many seconds. Raises UserError at an infinite loss."""
-        means = torch.stack(rows).mean(0)
+    def measure(self, results, seconds, world_size):
+        """A row of log.csv, a dict: means over steps and processes of `train_step`'s results, the
+        learning rates, and the speed of these steps, which took so many seconds. Raises UserError
+        if a mean is infinite or nan; in float16 the norm may be."""
+        means = torch.stack(results).mean(0)
         if world_size > 1:
             dist.all_reduce(means)
         loss, repa_loss, norm = (means / world_size).tolist()
-        is_finite = math.isfinite(norm) or self.scaler.is_enabled()  # which leaves such steps out
-        if not (is_finite and math.isfinite(loss) and math.isfinite(repa_loss)):
+        norm_may_overflow = self.scaler.is_enabled()  # train_step leaves out such steps
+        if not (math.isfinite(loss + repa_loss) and (norm_may_overflow or math.isfinite(norm))):
             raise UserError(f"the loss is infinite at step {self.step}; begin anew, lower --lr")
         rates = [optimizer.param_groups[0]["lr"] for optimizer in self.optimizers]
         return {
@@ -498,7 +510,7 @@ class Run:
             "grad_norm": norm,
             "lr": rates[0],
             "muon_lr": rates[1] if len(rates) == 2 else None,
-            "pictures_per_second": len(rows) * self.settings.batch_size / seconds,
+            "pictures_per_second": len(results) * self.settings.batch_size / seconds,
         }
 
 
@@ -548,7 +560,8 @@ def report(run, compute, compiles, trained, held_out, prompts, world_size):
     parameters = sum(weight.numel() for weight in run.model.parameters())
     patch, (_, height, width) = run.model.config.patch_size, info["latent_shape"]
     is_flash = not info["mask"] and (run.device.type == "cpu" or compute.dtype != torch.float32)
-    states = 4 if settings.optimizer == "muon" else 5  # weights, gradients, averages, momentum
+    # Weights, gradients, averages, momentum; AdamW has second moments, too.
+    states = 4 if settings.optimizer == "muon" else 5
     epochs = settings.steps * settings.batch_size / len(trained)
     print(f"device: {world_size} x {run.device.type}, {compute.reason}")
     print(
@@ -581,8 +594,9 @@ def finish(folder, pipeline, run):
         kept = [Image.open(path) for path in paths[::step]]
         # A GIF has 256 colours. This method keeps those of small things true, too.
         first, *others = [sheet.quantize(method=Image.Quantize.FASTOCTREE) for sheet in kept]
+        durations = [400] * len(others) + [2000]  # in milliseconds
         with whole_file(folder / "learning.gif") as file:
-            first.save(file, "gif", save_all=True, append_images=others, duration=400, loop=0)
+            first.save(file, "gif", save_all=True, append_images=others, duration=durations, loop=0)
     print(f"{folder} took {run.seconds / 60:.1f} minutes; python sample.py --run {folder} PROMPT")
     if run.info["source"] == "scenes":
         accuracies = score(pipeline, 128).items()
@@ -591,8 +605,8 @@ def finish(folder, pipeline, run):
 
 # ------------------------------------------------------------------------------------ the main part
 def can_compile(settings, compute):
-    """Whether torch.compile is asked for, or asked to be used where it works and pays: it takes 10
-    to 20 seconds on an H200, more than a short run of a small network gains."""
+    """Whether to compile: as --compile says; "auto" is where it works and pays. It takes 10 to 20
+    seconds on an H200, more than a short run of a small network gains."""
     if settings.compile != "auto":
         return settings.compile == "on"
     if compute.device.type != "cuda" or settings.steps <= 1500:
@@ -617,7 +631,7 @@ def read_prompts(settings, cache, held_out):
     return prompts
 
 
-def start_processes(settings, device):
+def join_processes(settings, device):
     """The rank of this process and the number of processes, which meet here if torchrun started
     several. The first draws the built-in scenes, if they are wanted and not there. Raises UserError
     if a batch cannot be shared."""
@@ -627,6 +641,7 @@ def start_processes(settings, device):
     if rank == 0 and settings.data == "data/scenes" and not Path("data/scenes/meta.json").exists():
         prepare.prepare(prepare.Settings(device=settings.device))
     if world_size > 1:  # the others wait here for the first
+        # Tensors on the CPU, such as stop_asked, need gloo.
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return rank, world_size
 
@@ -637,7 +652,7 @@ def train(settings):
     Raises UserError where data are missing, the folder holds another run, or the loss is infinite.
     """
     compute, folder = pick_device(settings.device, settings.dtype), Path(settings.out)
-    rank, world_size = start_processes(settings, compute.device)
+    rank, world_size = join_processes(settings, compute.device)
     cache = Cache(settings.data, with_teacher=settings.repa > 0)
     run = Run(settings, cache.meta, compute)
     try:
@@ -692,18 +707,20 @@ def train_loop(network, run, cache, split, pipeline, folder, rank, world_size):
     settings, compute, (trained, held_out) = run.settings, pipeline.compute, split
     stop_asked = stop_on_signals()
     embeddings = encode_prompts(run.info["examples"], run.info, compute)
-    null_text = pad(embeddings[:1], max(cache.meta["tokens"], len(embeddings[0])))  # (1, T, D)
-    null_text = null_text.to(compute.device)
+    # encode_prompts gives the empty caption first. (1, T, D), with the T of Cache.load's text.
+    null_text = pad(embeddings[:1], cache.meta["tokens"]).to(compute.device)
     # Pictures a second times this is the model FLOPs utilisation of all devices.
     mfu_factor = flops_per_picture(run, compute) / matrix_rate(compute) / world_size
     indices = index_batches(trained, settings, run.step, rank, world_size)
-    bar = tqdm(total=settings.steps, initial=run.step, disable=rank > 0 or None)
-    rows, began, row_began = [], time.perf_counter() - run.seconds, time.perf_counter()
+    disable = True if rank > 0 else None  # None: shown on a terminal only
+    bar = tqdm(total=settings.steps, initial=run.step, disable=disable)
+    began = time.perf_counter() - run.seconds  # as if the run had never been stopped
+    results, results_began = [], time.perf_counter()  # of the steps since the last row of the log
     errors = {}  # of the last validation
     for examples in prepare.load_ahead(indices, cache.load):
         examples = [example.to(compute.device) for example in examples]
         batch = make_batch(examples, null_text, run, rank, world_size)
-        rows.append(train_step(network, run, batch, compute))
+        results.append(train_step(network, run, batch, compute))
         bar.update()
         stops = stop_asked.clone()  # as a signal may come any time
         if world_size > 1:
@@ -714,7 +731,7 @@ def train_loop(network, run, cache, split, pipeline, folder, rank, world_size):
         logs = samples or saves or run.step % 10 == 0  # reading the loss waits for the device
         if not logs:
             continue
-        row = run.measure(rows, time.perf_counter() - row_began, world_size)
+        row = run.measure(results, time.perf_counter() - results_began, world_size)
         row["mfu"] = row["pictures_per_second"] * mfu_factor
         run.seconds = row["seconds"] = time.perf_counter() - began
         row |= dict.fromkeys(BANDS)  # empty, where nothing is measured
@@ -730,7 +747,7 @@ def train_loop(network, run, cache, split, pipeline, folder, rank, world_size):
         bar.set_postfix(loss=row["loss"], **errors)
         if stops > 0:
             break
-        rows, row_began = [], time.perf_counter()  # so that drawing and saving do not count
+        results, results_began = [], time.perf_counter()  # so that drawing and saving do not count
 
 
 if __name__ == "__main__":
