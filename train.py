@@ -213,10 +213,14 @@ def start_from(settings, meta):
     is_far = abs(offset).max() > 3 or ratio.max() > 10 or ratio.min() < 1 / 10
     if is_far and not info.get("mask"):  # official models have 0 and 1, not statistics
         raise UserError(
-            f"the latents of {data} have another mean or std than {settings.init} knows"
+            f"the latents of {data} have another mean or std than {settings.init} knows: prepare "
+            f"with --codec {info['codec']}"
         )
     if meta["latent_shape"][1] % config.patch_size:
-        raise UserError(f"{data}: the side of the latents is no multiple of {config.patch_size}")
+        raise UserError(
+            f"the side of the latents in {data} is no multiple of {config.patch_size}: prepare with "
+            "another --size"
+        )
     network = PRX(config, meta["teacher_dim"] if settings.repa else None)
     weights = load_network(settings.init, folder).state_dict()
     network.load_state_dict(weights, strict=False)  # a projector is not saved
