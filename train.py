@@ -218,8 +218,8 @@ def start_from(settings, meta):
         )
     if meta["latent_shape"][1] % config.patch_size:
         raise UserError(
-            f"the side of the latents in {data} is no multiple of {config.patch_size}: prepare with "
-            "another --size"
+            f"the side of the latents in {data} is no multiple of {config.patch_size}: prepare "
+            "with another --size"
         )
     network = PRX(config, meta["teacher_dim"] if settings.repa else None)
     weights = load_network(settings.init, folder).state_dict()
