@@ -43,8 +43,8 @@ class PRXConfig:
     depth: int = 16
     axes_dim: tuple = (32, 32)  # rotary dimensions for rows and for columns, together a head
     theta: int = 10000
-    time_factor: float = 1000.0  # by which timesteps in [0, 1] are multiplied before their waves
-    time_max_period: int = 10000  # of these waves
+    time_factor: float = 1000.0  # multiplies timesteps before their cosines and sines are taken
+    time_max_period: int = 10000  # the longest period of these
     bottleneck_size: int | None = None  # width between two layers that read pixel patches
 
 
