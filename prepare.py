@@ -238,7 +238,8 @@ class File:
 
 
 def list_files(source):
-    """The files in a folder and those below it, and in tars, sorted; none that is hidden."""
+    """The files in a folder and those below it, and in tars, sorted; none that is hidden, and none
+    in linked folders."""
     files = []
     for path in sorted(source.rglob("*")) if source.is_dir() else [source]:
         is_hidden = any(part.startswith(".") for part in path.relative_to(source).parts)
@@ -283,7 +284,7 @@ def pair_up(files):
 
     A caption belongs to the picture with the same stem. If there is none, it belongs to the picture
     of its sample, if just one there has no caption yet (a.input.jpg, a.outputs.txt). A line of
-    metadata names its picture.
+    metadata names its picture. Other files, such as captions of no picture, are ignored.
     """
     pictures = [file for file in files if file.ending in ENDINGS]
     stems = collections.Counter(picture.stem for picture in pictures)

@@ -1177,6 +1177,7 @@ def test_processes_and_parts_of_a_batch_change_nothing(scenes):
         losses[out] = [float(row["loss"]) for row in read_log(out)]
     np.testing.assert_allclose(losses["one"], losses["two"], rtol=1e-4)
     np.testing.assert_allclose(losses["one"], losses["parts"], rtol=1e-4)
+    assert float(read_log("one")[0]["repa_loss"]) > 0
 
 
 def test_float16_trains_with_a_scaler(scenes):

@@ -251,9 +251,10 @@ class Muon(torch.optim.Optimizer):
         for parameters in chunks:
             averages = [self.state[p]["average"] for p in parameters]
             gradients = [p.grad for p in parameters]
-            # _foreach_ does for a whole list, in few kernels, what a loop does in many.
+            # As a loop over both lists would do it, but in fewer kernels.
             torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
-            ahead = torch._foreach_lerp(gradients, averages, group["momentum"])  # Nesterov's look
+            # Nesterov looks ahead, to the average after another gradient like this one.
+            ahead = torch._foreach_lerp(gradients, averages, group["momentum"])
             updates = orthogonalize(torch.stack(ahead).to(self.dtype)).to(ahead[0].dtype)
             # An orthogonal matrix has an RMS of 1 / sqrt(longer side); AdamW's updates have 0.2.
             rate = group["lr"] * 0.2 * math.sqrt(max(parameters[0].shape))
@@ -324,8 +325,8 @@ def make_batch(examples, null_text, run, rank, world_size):
     """
     latents, text, *features = examples
     settings, device, count = run.settings, latents.device, run.settings.batch_size
-    mine = slice(rank, None, world_size)  # the share of `index_batches`
-    # Both are below 2^32, so that no two pairs of seed and step draw the same.
+    mine = slice(rank, None, world_size)  # as `index_batches` shares examples
+    # Seed and step are below 2^32, so that no two pairs of them draw the same.
     dice = torch.Generator(device).manual_seed(settings.seed * 2**32 + run.step)
     noise = torch.randn(count, *latents.shape[1:], generator=dice, device=device)[mine]
     t = model.sample_timesteps(count, run.info["shift"], dice)[mine]
@@ -392,8 +393,8 @@ def train_step(network, run, batch, compute):
     for optimizer in run.optimizers:
         run.scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(network.parameters(), settings.clip)
-    # In float16 gradients overflow now and then. The scaler would hold back only the optimizer
-    # whose gradients did. All are, as clipping by an infinite norm has spoilt the others', too.
+    # In float16 gradients overflow now and then. Then the norm is infinite, and clipping has
+    # spoilt all gradients. The scaler leaves out only the optimizer that overflowed; we, all.
     overflows = run.scaler.is_enabled() and not norm.isfinite()
     factor = learning_rate_factor(run.step, settings)
     for optimizer, rate in zip(run.optimizers, (settings.lr, settings.muon_lr), strict=False):
@@ -711,7 +712,7 @@ def train_loop(network, run, cache, split, pipeline, folder, rank, world_size):
     settings, compute, (trained, held_out) = run.settings, pipeline.compute, split
     stop_asked = stop_on_signals()
     embeddings = encode_prompts(run.info["examples"], run.info, compute)
-    # encode_prompts gives the empty caption first. (1, T, D), with the T of Cache.load's text.
+    # The first embedding is that of the empty caption, padded like the captions of the cache.
     null_text = pad(embeddings[:1], cache.meta["tokens"]).to(compute.device)
     # Pictures a second times this is the model FLOPs utilisation of all devices.
     mfu_factor = flops_per_picture(run, compute) / matrix_rate(compute) / world_size
