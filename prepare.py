@@ -1,54 +1,44 @@
 """Pictures and captions in, a cache of latents and text embeddings out.
 
     python prepare.py                                          # 20,000 scenes into data/scenes
-    python prepare.py photos/ --out data/photos --size 64      # a folder of pictures, or of tars
+    python prepare.py photos/ --out data/photos --size 64      # a folder of pictures
 
-A caption stands in the .txt, .caption or .json of its picture's name, or in a metadata.jsonl or
-metadata.csv with the columns file_name and text. The cache:
+The caption of photos/cat.jpg stands in photos/cat.txt or photos/cat.caption. The cache is a few
+flat files, for which one np.memmap each is enough:
 
-    data/scenes/meta.json                   sizes, encoders, mean and std per channel
-                shard-00000/latents.npy     (N, C, H, W), N at most 4096
-                            text.npy        (sum of all L, D), the embeddings of all captions
-                            offsets.npy     (N + 1), caption i has the rows offsets[i : i + 2]
-                            captions.json   N texts; shard.json  counts and settings
-                            digest.npy      (N,) uint32, of the pixels; train.py holds out by it
-                            teacher.npy     (N, D, h, w), features for REPA, if asked for
+    data/scenes/latents.bin     (N, C, H, W) uint8 or float16
+                text.bin        (sum of all L, D) float16, the embeddings of all captions
+                lengths.bin     (N,) int32, the L of each caption
+                digest.bin      (N,) uint32, of the pixels; train.py holds out by it
+                captions.jsonl  N texts in JSON, one a line
+                teacher.bin     (N, D, h, w) float16, for REPA, if extras/teacher.py made it
+                meta.json       N, shapes, encoders, mean and std of each channel; comes last
+                progress.json   how far the files are good, while they grow
 """
 
 import argparse
 import collections
 import contextlib
-import csv
 import dataclasses
-import difflib
 import hashlib
 import io
+import itertools
 import json
-import math
 import os
-import re
-import shutil
 import sys
-import tarfile
 import typing
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
 
 import numpy as np
 import torch
 from PIL import Image, ImageCms, ImageOps
 from tqdm import tqdm
 
-try:
-    import fcntl
-except ImportError:  # on Windows
-    fcntl = None
-
 import model
-from model import UserError, read_json, write_json
+from model import UserError, read_json, write_json, writing
 
 # ----------------------------------------------------------------------- the built-in world: scenes
 COLOURS = {
@@ -165,7 +155,7 @@ def coverage(thing, size):
     centres = (np.arange(size) + 0.5) / size
     x, y = (centres - thing.x) / thing.radius, (centres[:, None] - thing.y) / thing.radius
     a, b, r = np.abs(x), np.abs(y), np.hypot(x, y)
-    distance = {  # in radii, below 0 inside; sizes make all areas much the same
+    distance = {  # in radii, below 0 inside; areas are 3.0 to 3.2, the triangle's 2.4
         "circle": r - 1,
         "square": np.maximum(a, b) - 0.89,
         "triangle": np.maximum(y, 0.866 * a - 0.5 * y) - 0.68,
@@ -185,31 +175,19 @@ def render(scene, size):
 
 
 def draw_scene(number, size):
-    """Name, caption and picture (size, size, 3) uint8 of scene `number`, always the same, and None
-    as there is no reason to leave it out."""
+    """Caption and picture of scene `number`, always the same."""
     rng = np.random.default_rng(number)
     while True:
         told = leave_open(random_scene(rng), rng)
         scene = fill_in(told, rng)
         if split_of(scene) == "train":
-            return "", caption(told), render(scene, size), None
+            return caption(told), Image.fromarray(render(scene, size))
 
 
 # ---------------------------------------------------------------------------- pictures of your own
-with contextlib.suppress(ImportError):
-    import pillow_heif  # which reads the pictures of telephones, if it is installed
-
-    pillow_heif.register_heif_opener()
 KINDS = Image.registered_extensions()  # by ending
 ENDINGS = {ending for ending, kind in KINDS.items() if kind in Image.OPEN and kind != "EPS"}
-FORMATS = {KINDS[ending] for ending in ENDINGS}  # EPS would run a stranger's program
-NOT_READ = {
-    ".heic": "picture of a kind not read here (convert it, or pip install pillow-heif)",
-    ".gz": "archive of a kind not read here (unpack it; a plain .tar is read)",
-    ".parquet": "Parquet file (README.md has the lines that make pictures of it)",
-}
-NOT_READ |= dict.fromkeys((".heif", ".jxl", ".svg", ".raw", ".dng"), NOT_READ[".heic"])
-NOT_READ |= dict.fromkeys((".tgz", ".zip", ".7z", ".rar", ".zst", ".xz"), NOT_READ[".gz"])
+FORMATS = [*{KINDS[ending] for ending in ENDINGS}]  # EPS would run a stranger's program
 Image.MAX_IMAGE_PIXELS = 50_000_000  # pictures of more than twice as many are left out
 
 
@@ -217,134 +195,42 @@ class LeftOut(Exception):
     """The reason why a picture is not used."""
 
 
-class File:
-    """A file, a member of a tar, which is never unpacked, or data that are in memory. Its stem is
-    its name up to the last dot; its sample, as WebDataset says, is its name up to the first."""
-
-    def __init__(self, name, path=None, offset=0, size=-1, data=None):
-        self.name, self.path, self.offset, self.size, self.data = name, path, offset, size, data
-        self.stem, ending = os.path.splitext(name)
-        self.ending = ending.lower()
-        folder, last = os.path.split(name)
-        self.sample = os.path.join(folder, last.split(".")[0])
-
-    def read(self):
-        """All bytes."""
-        if self.data is not None:
-            return self.data
-        with open(self.path, "rb") as file:
-            file.seek(self.offset)
-            return file.read(self.size)
-
-
-def list_files(source):
-    """The files in a folder and those below it, and in tars, sorted; none that is hidden, and none
-    in linked folders."""
+def find_files(folder):
+    """The files in a folder and those below it, sorted, but captions. Hidden files and linked
+    folders are passed over."""
     files = []
-    for path in sorted(source.rglob("*")) if source.is_dir() else [source]:
-        is_hidden = any(part.startswith(".") for part in path.relative_to(source).parts)
-        if is_hidden or not path.is_file():
-            continue
-        if path.suffix.lower() != ".tar":
-            files.append(File(str(path), path))
-            continue
-        try:
-            with tarfile.open(path, "r:") as tar:
-                for member in filter(tarfile.TarInfo.isfile, tar):
-                    if not os.path.basename(member.name).startswith("."):
-                        name = os.path.join(path, member.name.removeprefix("./"))
-                        files.append(File(name, path, member.offset_data, member.size))
-        except Exception as error:  # a broken tar raises whatever tarfile comes upon
-            print(f"{path} is no plain tar, or broken; what stands before is read ({error!r})")
+    for path in sorted(folder.rglob("*")):
+        is_hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if path.is_file() and not is_hidden and path.suffix.lower() not in (".txt", ".caption"):
+            files.append(path)
     return files
 
 
-def read_metadata(file):
-    """The captions in a metadata.jsonl or metadata.csv of an image folder of the Hub: a dict from
-    the name of a picture to its line, as a File of JSON, which `read_caption` reads like others."""
-    text = file.read().decode("utf-8-sig", "replace")
-    if file.ending == ".csv":
-        csv.field_size_limit(2**31 - 1)
-        lines = [json.dumps(row) for row in csv.DictReader(io.StringIO(text, newline=None))]
-    else:
-        lines = text.split("\n")
-    captions = {}
-    for line in filter(str.strip, lines):
-        try:
-            name = os.path.normpath(json.loads(line)["file_name"])
-            name = os.path.join(os.path.dirname(file.name), name)
-        except (ValueError, KeyError, TypeError, RecursionError):
-            name = f"{file.name}: {line[:40]}"  # no picture has this name
-        captions[name] = File(name + ".json", data=line.encode())
-    return captions
-
-
-def pair_up(files):
-    """Pictures with their captions, as a list of (picture, caption files, problem or None).
-
-    A caption belongs to the picture with the same stem. If there is none, it belongs to the picture
-    of its sample, if just one there has no caption yet (a.input.jpg, a.outputs.txt). A line of
-    metadata names its picture. Other files, such as captions of no picture, are ignored.
-    """
-    pictures = [file for file in files if file.ending in ENDINGS]
-    stems = collections.Counter(picture.stem for picture in pictures)
-    captions, listed = collections.defaultdict(list), {}
-    for file in files:
-        if os.path.basename(file.name) in ("metadata.jsonl", "metadata.csv"):
-            listed |= read_metadata(file)
-        elif file.ending in (".txt", ".caption", ".json"):
-            captions[file.stem if file.stem in stems else file.sample].append(file)
-    uncaptioned = collections.Counter(file.sample for file in pictures if file.stem not in captions)
-    not_read = {ending: NOT_READ[ending] for ending in NOT_READ if ending not in ENDINGS}
-    items = [(file, [], not_read[file.ending]) for file in files if file.ending in not_read]
-    for picture in pictures:
-        found, problem = captions.get(picture.stem), None
-        # If no picture has the sample's name itself, and no other of the sample lacks a caption:
-        if found is None and picture.sample not in stems and uncaptioned[picture.sample] == 1:
-            found = captions.get(picture.sample)
-        if picture.name in listed:
-            found = [listed.pop(picture.name)]
-        elif found is None:
-            problem = "no caption beside it"
-        elif stems[picture.stem] > 1:
-            problem = "two pictures for one caption, or one twice"
-        items.append((picture, found, problem))
-    lost = [(file, [], "line of metadata that names no picture") for file in listed.values()]
-    return items + lost
-
-
-def read_caption(files):
-    """The caption, on one line, in files that should hold the same. Raises LeftOut."""
-    captions = set()
-    for file in files:
-        data = file.read()
-        try:
-            is_utf16 = data[:2] in (b"\xff\xfe", b"\xfe\xff")
-            text = data.decode("utf-16" if is_utf16 else "utf-8-sig")
-        except ValueError:
-            raise LeftOut("caption that is not UTF-8") from None
-        if file.ending == ".json":
-            try:
-                record = json.loads(text)
-                text = record.get("prompt") or record.get("caption") or record.get("text") or ""
-            except (ValueError, AttributeError, RecursionError):
-                raise LeftOut("caption file that holds no JSON object") from None
-        if isinstance(text, list):  # the longest tells most
-            text = max((each for each in text if isinstance(each, str)), key=len, default="")
-        if not isinstance(text, str):
-            raise LeftOut("caption that is no text")
-        text = text.encode(errors="replace").decode()  # lone surrogates cannot be written
-        captions.add(" ".join(text.split()))
-    captions.discard("")
-    if len(captions) != 1:
-        raise LeftOut("two captions that differ" if captions else "empty caption")
-    return captions.pop()
+def load_file(path, count):
+    """Caption and picture of a file; count says how many pictures there are of a name without its
+    ending. Raises LeftOut."""
+    captions = [path.with_suffix(each) for each in (".txt", ".TXT", ".caption", ".CAPTION")]
+    captions = [caption for caption in captions if caption.exists()]
+    if path.suffix.lower() not in ENDINGS:
+        raise LeftOut("file of a kind that is not read")
+    if not captions:
+        raise LeftOut("no .txt or .caption beside it")
+    if count[path.with_suffix("")] > 1:
+        raise LeftOut("two pictures for one caption")
+    try:
+        caption, picture = captions[0].read_bytes(), path.read_bytes()
+        is_utf16 = caption[:2] in (b"\xff\xfe", b"\xfe\xff")
+        return caption.decode("utf-16" if is_utf16 else "utf-8-sig"), load_picture(picture)
+    except OSError:
+        raise LeftOut("file that cannot be read") from None
+    except ValueError:
+        raise LeftOut("caption that is not UTF-8") from None
 
 
 def load_picture(data):
     """The RGB picture in bytes: upright, in sRGB, on white where transparent. Raises LeftOut."""
     try:
-        picture = ImageOps.exif_transpose(Image.open(io.BytesIO(data), formats=[*FORMATS]))
+        picture = ImageOps.exif_transpose(Image.open(io.BytesIO(data), formats=FORMATS))
         profile = picture.info.get("icc_profile")
         if picture.mode.startswith("I") or picture.mode == "F":
             raise LeftOut(f"grey values of kind {picture.mode}, whose range is not known")
@@ -363,76 +249,43 @@ def load_picture(data):
         raise LeftOut("broken or gigantic picture") from None
 
 
-def load_item(item, size):
-    """Name, caption, picture (size, size, 3) uint8, cropped to a square, and None; or name, None,
-    None and why it is left out."""
-    file, captions, problem = item
-    name = file.name.encode(errors="replace").decode()
-    try:
-        if problem is not None:
-            raise LeftOut(problem)
-        text, picture = read_caption(captions), load_picture(file.read())
-    except LeftOut as reason:
-        return name, None, None, str(reason)
-    except (OSError, MemoryError, OverflowError):  # or a tar that lies about a size
-        return name, None, None, "file that cannot be read"
-    square = ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
-    return name, text, np.array(square), None
-
-
 # ----------------------------------------------------------------------------------- command line
-def add_flag(parser, field, hint, positional):
-    """Make a field of a dataclass a flag (or the positional argument), its Annotated text the
-    help."""
-    default = field.default
-    if field.default_factory is not dataclasses.MISSING:
-        default = field.default_factory()
-    kind, text = hint, ""
-    if typing.get_origin(hint) is Annotated:
-        kind, text = typing.get_args(hint)
-    how = {"default": default, "type": kind}
-    how["help"] = f"{text} (default: {default!r})".replace("%", "%%")
-    if kind is bool:
-        how |= {"type": None, "action": argparse.BooleanOptionalAction}
-    elif typing.get_origin(kind) is Literal:
-        how |= {"type": None, "choices": typing.get_args(kind)}
-    elif typing.get_origin(kind) is list:
-        how |= {"type": typing.get_args(kind)[0], "nargs": "*"}
-    elif field.name == positional:
-        how["nargs"] = "?"
-    name = "--" + field.name.replace("_", "-")
-    if field.name == positional:
-        name = positional
-    parser.add_argument(name, **how)
+def flag(default, text, low=0, high=float("inf"), **how):
+    """A field of a settings class that `run_script` makes a flag: its default, its help, the range
+    of a number, and what argparse takes besides. With `nargs` it is positional."""
+    metadata = {"how": how | {"default": default, "help": text}, "range": (low, high)}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
-def run_script(main, settings_class, description, positional=None):
+def run_script(main, settings_class, description):
     """Call main with settings from the command line, one flag for each field of the dataclass. A
-    user's mistake ends in its one sentence."""
-    parser = argparse.ArgumentParser(
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    hints = typing.get_type_hints(settings_class, include_extras=True)
-    for field in dataclasses.fields(settings_class):
-        add_flag(parser, field, hints[field.name], positional)
-    values, unknown = parser.parse_known_args()
-    if unknown:
-        flags = parser._option_string_actions
-        near = difflib.get_close_matches(unknown[0], flags, cutoff=0)[0]
-        parser.error(f"there is no {unknown[0]}; is {near} meant?")
-    for name, value in vars(values).items():
-        if isinstance(value, int | float):
-            highest = 2**32 - 1 if isinstance(value, int) else math.inf
-            if not 0 <= value <= highest:  # which refuses nan, too
-                parser.error(f"--{name.replace('_', '-')} {value} is not from 0 to {highest}")
+    user's mistake ends in its one sentence, a bug in its traceback."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(None, None, description, formatter_class=formatter)
+    fields = dataclasses.fields(settings_class)
+    for field in fields:
+        how = field.metadata["how"] | {"type": field.type}
+        how["help"] = f"{how['help']} (default: {field.default!r})".replace("%", "%%")
+        if field.type is bool:
+            del how["type"]
+            how["action"] = "store_true"
+        prefix = "" if "nargs" in how else "--"
+        parser.add_argument(prefix + field.name.replace("_", "-"), **how)
+    values = vars(parser.parse_args())
+    for field in fields:
+        (low, high), value = field.metadata["range"], values[field.name]
+        if isinstance(value, int | float) and not low <= value <= high:  # which refuses nan, too
+            parser.error(f"--{field.name.replace('_', '-')} {value} is not from {low} to {high}")
     sys.stdout.reconfigure(errors="replace")  # a console may lack letters that a caption has
     try:
-        main(settings_class(**vars(values)))
+        main(settings_class(**values))
     except UserError as error:
         sys.exit(f"{parser.prog}: {error}")
-    except torch.OutOfMemoryError as error:
+    except ModuleNotFoundError as error:
+        sys.exit(f"{parser.prog}: {error}; pip install {error.name.split('.')[0]}")
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):
+            raise
         sys.exit(f"{parser.prog}: out of memory; train.py has --micro-batch for that: {error}")
     except KeyboardInterrupt:
         sys.exit(f"{parser.prog}: stopped; the same command goes on")
@@ -448,123 +301,92 @@ def refuse_differences(folder, old, new):
 
 
 # -------------------------------------------------------------------------------------- the cache
-SHARD_SIZE = 4096
-
-
 @dataclasses.dataclass
 class Settings:
     """All settings of prepare.py. Each field is a flag."""
 
-    source: Annotated[str, "scenes, a folder of pictures or tars, or a tar"] = "scenes"
-    out: Annotated[str, "folder of the cache; '': data/ and the source's name"] = ""
-    size: Annotated[int, "side of the square pictures in pixels; 0: 32 for scenes, else 256"] = 0
-    limit: Annotated[int, "look at no more pictures; 0: 20,000 scenes, or all"] = 0
-    codec: Annotated[str, "makes latents of pictures: pixels, taef2, taesd, ..."] = "pixels"
-    text: Annotated[str, "makes embeddings of captions: words, google/flan-t5-base, ..."] = "words"
-    teacher: Annotated[str, "makes features for REPA: facebook/dinov2-small; '': none"] = ""
-    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], "auto: the best there is"] = "auto"
+    source: str = flag("", "a folder of pictures; none: the built-in scenes", nargs="?")
+    out: str = flag("", "folder of the cache; '': data/ and the name of the source")
+    size: int = flag(0, "side of the square pictures in pixels; 0: 32 for scenes, else 256")
+    limit: int = flag(0, "pictures to make; 0: 20,000 scenes, or all")
+    codec: str = flag("pixels", "makes latents of pictures: pixels, taef2, taesd, ...")
+    text: str = flag("words", "makes embeddings of captions: words, google/flan-t5-base, ...")
+    device: str = flag("auto", "the best there is", choices=("auto", "cpu", "cuda", "mps"))
 
     def __post_init__(self):
-        self.source = self.source.rstrip("/") or "/"
-        is_scenes = self.source == "scenes"
-        self.out = self.out or f"data/{Path(self.source).stem}"
-        self.size = self.size or (32 if is_scenes else 256)
-        self.limit = self.limit or (20_000 if is_scenes else sys.maxsize)
+        name = Path(self.source).resolve().name if self.source else "scenes"
+        self.out = self.out or f"data/{name}"
+        self.size = self.size or (256 if self.source else 32)
+        self.limit = self.limit or (sys.maxsize if self.source else 20_000)
+        # The side of a patch in pixels, as train.py chooses it.
+        patch = 8 if self.codec == "pixels" and self.size <= 128 else 16
+        if self.size % patch:
+            near = self.size // patch * patch + patch
+            raise UserError(f"--size {self.size} is no multiple of {patch}; {near} is one")
 
 
 def prepare(settings):
-    """Write a cache, or go on with one. Raises UserError where nothing can be used, or the cache
+    """Write the cache of the built-in scenes, or of a folder. Raises UserError where nothing can be
+    used, or the cache was begun with other settings."""
+    if not settings.source:
+        write_cache(settings, range(settings.limit), partial(draw_scene, size=settings.size))
+        return
+    if not Path(settings.source).is_dir():
+        raise UserError(f"{settings.source} is no folder; for the Hub and tars see extras/hub.py")
+    files = find_files(Path(settings.source))
+    pictures = [path.with_suffix("") for path in files if path.suffix.lower() in ENDINGS]
+    write_cache(settings, files, partial(load_file, count=collections.Counter(pictures)))
+
+
+def write_cache(settings, items, load):
+    """Write a cache, or go on with one. items is any iterable that is the same each time; str(item)
+    names one. load(item) gives its caption and its PIL picture, or raises LeftOut. settings are
+    those of prepare.py. Raises UserError where nothing can be used, the disk is full, or the cache
     was begun with other settings."""
-    out = Path(settings.out)
-    names = ("source", "size", "codec", "text", "teacher")
-    decisive = {name: getattr(settings, name) for name in names}
-    begun = sorted(out.glob("shard-*/shard.json"))
-    if begun:
-        refuse_differences(out, read_json(begun[0])["settings"], decisive)
-    if (out / "meta.json").exists():
+    out, size = Path(settings.out), settings.size
+    names = ("source", "size", "limit", "codec", "text")
+    meta = {name: getattr(settings, name) for name in names}
+    for path in (out / "meta.json", out / "progress.json"):
+        if path.exists():
+            refuse_differences(out, read_json(path), meta)
+            meta = read_json(path)
+    if "mean" in meta:
         print(f"{out} is complete; for other pictures give a new --out")
         return
     compute = model.pick_device(settings.device)
     codec = model.load_codec(settings.codec, compute)
-    # The side of a patch in pixels, as train.py chooses it.
-    side = 8 if settings.codec == "pixels" and settings.size <= 128 else 16
-    if settings.size % side:
-        near = settings.size // side * side + side
-        raise UserError(f"--size {settings.size} is no multiple of {side}; {near} is one")
     text_encoder = model.load_text_encoder(settings.text, compute)
-    teacher = model.load_teacher(settings.teacher, compute) if settings.teacher else None
-    items, load_one = find_items(settings)
-    # Pillow's decoders let other threads run; drawing scenes does not.
-    pool = ThreadPoolExecutor(1 if settings.source == "scenes" else os.cpu_count())
+    if "seen" not in meta:
+        side = size // codec.factor
+        meta |= {"count": 0, "tokens": 1, "text_dim": text_encoder.dim}
+        meta |= {"latent_shape": [codec.channels, side, side], "latent_dtype": codec.stored_dtype}
+        meta |= {"seen": 0, "sums": [[0.0], [0.0]], "notes": {}, "bytes": {}}
+    print(f"{out}: writing the cache, which has {meta['count']:,} pictures so far")
+    total = len(items) if hasattr(items, "__len__") else None  # a stream has none
+    remaining = itertools.islice(items, meta["seen"], None)
+    bar = tqdm(total=total, initial=meta["seen"], unit=" pictures", disable=None)
+    with bar, ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow lets other threads run
 
-    def load(batch):
-        return list(pool.map(partial(load_one, size=settings.size), batch))
+        def load_batch(batch):
+            return list(pool.map(partial(load_square, load=load, size=size, bar=bar), batch))
 
-    with locked(out), tqdm(total=len(items), unit=" pictures", disable=None) as bar:
-        for number, first in enumerate(range(0, len(items), SHARD_SIZE)):
-            folder, part = out / f"shard-{number:05d}", items[first : first + SHARD_SIZE]
-            if is_whole(folder, len(part)):
-                bar.update(len(part))
-                continue
-            shard = encode(folder.name, part, load, (codec, text_encoder, teacher), compute, bar)
-            write_shard(folder, *shard, decisive)
-        bar.close()
-        write_meta(out, settings, codec, text_encoder)
-
-
-def is_whole(folder, count):
-    """Whether a shard is there that looked at so many items. A last shard of another --limit looked
-    at fewer or more."""
-    return folder.exists() and read_json(folder / "shard.json")["seen"] == count
-
-
-def find_items(settings):
-    """What may become pictures of the cache, and the function that loads one of them at a size.
-    Raises UserError if the source is not there."""
-    if settings.source == "scenes":
-        return range(settings.limit), draw_scene
-    source = Path(settings.source)
-    if not source.exists():
-        advice = hub_advice(settings.source)
-        raise UserError(f"there is no {settings.source}; give a folder of pictures or tars{advice}")
-    return pair_up(list_files(source))[: settings.limit], load_item
+        batches = cut_into_batches(remaining, max(1, 2**22 // size**2))  # of 4 million pixels
+        for examples in load_ahead(batches, load_batch):
+            captions, pictures = choose(examples, meta)
+            if captions:
+                images = torch.from_numpy(np.stack(pictures)).to(compute.device)
+                with compute.autocast():
+                    parts = encode(captions, images, meta, codec, text_encoder)
+                append(out, parts, meta)
+            if meta["count"] == settings.limit:
+                break
+    finish(out, meta, text_encoder)
 
 
-def hub_advice(source):
-    """How to download what may be a data set of the Hub: user/name, user/name@revision, a URL."""
-    url = r"https://huggingface\.co/datasets/"
-    match = re.fullmatch(rf"(?:{url})?(\w[\w.-]*/(\w[\w.-]*))(?:(?:@|/tree/)([\w.-]+))?", source)
-    if match is None or source.endswith(".tar"):
-        return ""
-    name, folder, revision = match.groups()
-    what = f"{name} --repo-type dataset" + (f" --revision {revision}" if revision else "")
-    return f", or download it first, if it is on the Hub: hf download {what} --local-dir {folder}"
-
-
-@contextlib.contextmanager
-def locked(folder):
-    """Make a folder to write to, and lock it. Raises UserError if another process has locked it. A
-    lock ends with its process. (Windows has no such lock.)"""
-    path = folder / "prepare.lock"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(path, "w")  # noqa: SIM115
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error}") from error
-    try:
-        if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UserError(f"another prepare.py writes to {folder}; give another --out") from error
-    except OSError:
-        pass  # some network file systems have no locks
-    try:
-        yield
-    finally:
-        file.close()
-        path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            folder.rmdir()  # if nothing could be used, it is empty
+def cut_into_batches(items, count):
+    """Yield lists of count items, the last one of what is left."""
+    while batch := list(itertools.islice(items, count)):
+        yield batch
 
 
 def load_ahead(batches, load):
@@ -579,105 +401,97 @@ def load_ahead(batches, load):
             yield ahead.result()
 
 
-def encode(name, items, load, encoders, compute, bar):
-    """Load and encode items, say what is left out, and move the progress bar. Returns the arrays of
-    a shard by name, the captions, and a record: seen, count, and sums (2, C) of means and mean
-    squares of latents."""
-    codec, text_encoder, teacher = encoders
-    arrays, captions, left_out = collections.defaultdict(list), [], collections.defaultdict(list)
-    sums, cut = np.zeros((2, codec.channels)), 0
-    batches = [items[first : first + 64] for first in range(0, len(items), 64)]
-    for batch in load_ahead(batches, load):
-        bar.update(len(batch))
-        for file, _, _, reason in batch:
-            if reason is not None:
-                left_out[reason].append(file)
-        texts = [text for _, text, _, reason in batch if reason is None]
-        if not texts:
-            continue
-        captions += texts
-        images = np.stack([picture for _, _, picture, reason in batch if reason is None])
-        arrays["digest"].append(np.array([zlib.crc32(picture) for picture in images], np.uint32))
-        images = torch.from_numpy(images).to(compute.device).permute(0, 3, 1, 2) / 127.5 - 1
-        with compute.autocast(), torch.no_grad():
-            parts = images.split(max(1, 2**22 // images.shape[3] ** 2))  # 16 of 512 pixels
-            latents = torch.cat([codec.encode(part).float().cpu() for part in parts]).numpy()
-            arrays["text"] += [rows.half().cpu().numpy() for rows in text_encoder.encode(texts)]
-            if teacher is not None:
-                side = min(16, images.shape[3] // 8)
-                for part in parts:
-                    features = teacher.features(part, side)
-                    arrays["teacher"].append(features.half().cpu().numpy())
-        cut += sum(len(text_encoder.tokenize(text)) > model.MAX_TOKENS for text in texts)
-        sums += np.stack((latents, latents**2)).mean((3, 4)).sum(1)  # (2, C)
-        if codec.stored_dtype == "uint8":
-            latents = ((latents + 1) * 127.5).round()
-        arrays["latents"].append(latents.astype(codec.stored_dtype))
-    if not np.isfinite(sums).all():
-        raise UserError(f"the codec made infinite latents for {name}; use another --codec")
-    for reason, files in left_out.items():
-        bar.write(f"{name}: left out {len(files):,} x {reason}: {', '.join(files[:3])}")
-    if cut:
-        bar.write(f"{name}: kept {cut:,} captions cut to {model.MAX_TOKENS} tokens")
-    arrays["offsets"] = [np.cumsum([0, *map(len, arrays["text"])])]
-    whole = {key: np.concatenate(parts) for key, parts in arrays.items() if parts}
-    record = {"seen": len(items), "count": len(captions), "sums": sums.tolist()}
-    return whole, captions, record
-
-
-def write_shard(folder, arrays, captions, record, decisive):
-    """Write the folder of a shard, which gets its name when it is whole. Raises UserError."""
-    unfinished = folder.with_suffix(".partial")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    shutil.rmtree(folder, ignore_errors=True)
+def load_square(item, load, size, bar):
+    """The name of an item, its caption, its picture (size, size, 3) uint8, cropped to a square, and
+    what is to be said about it. Caption and picture are None if it is left out."""
+    bar.update()
     try:
-        unfinished.mkdir(parents=True)
-        for name, array in arrays.items():
-            np.save(unfinished / f"{name}.npy", array)
-        write_json(unfinished / "captions.json", captions)
-        write_json(unfinished / "shard.json", record | {"settings": decisive})
-        unfinished.rename(folder)
-    except OSError as error:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise UserError(f"{folder} cannot be written: {error}") from error
+        caption, picture = load(item)
+        caption = " ".join(caption.encode(errors="replace").decode().split())
+        if not any(map(str.isalnum, caption)):
+            raise LeftOut("caption of no word")
+    except LeftOut as reason:
+        return str(item), None, None, f"left out: {reason}"
+    note = "enlarged: picture with a shorter side" if min(picture.size) < size else None
+    square = ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
+    return str(item), caption, np.asarray(square), note
+
+
+def choose(examples, meta):
+    """Captions and pictures of those of `load_square`'s examples that are not left out, up to the
+    limit. meta counts what was looked at, and what is to be said about it."""
+    captions, pictures = [], []
+    for name, caption, picture, note in examples:
+        meta["seen"] += 1
+        if note is not None:
+            meta["notes"].setdefault(note, [0, name])[0] += 1
+        if caption is not None and meta["count"] < meta["limit"]:
+            meta["count"] += 1
+            captions.append(caption)
+            pictures.append(picture)
+    return captions, pictures
+
+
+@torch.no_grad()
+def encode(captions, images, meta, codec, text_encoder):
+    """Bytes for the files of a cache, a dict by their names, from captions and images (N, H, W, 3)
+    uint8; meta is brought up to date. Raises UserError if latents are infinite."""
+    text = [rows.half().cpu().numpy() for rows in text_encoder.encode(captions)]
+    lengths = np.array([len(rows) for rows in text], np.int32)
+    digests = np.array([zlib.crc32(image) for image in images.cpu().numpy()], np.uint32)
+    latents, sums = b"", np.array(meta["sums"])  # sums (2, C) of latents and of their squares
+    for part in images.permute(0, 3, 1, 2).split(64):
+        x = codec.encode(part / 127.5 - 1).float().cpu().numpy()
+        sums = sums + [x.mean((2, 3)).sum(0), (x**2).mean((2, 3)).sum(0)]
+        if codec.stored_dtype == "uint8":
+            x = ((x + 1) * 127.5).round()
+        latents += x.astype(codec.stored_dtype).tobytes()
+    if not np.isfinite(sums).all():
+        raise UserError(f"--codec {meta['codec']} made infinite latents; use another")
+    meta["sums"], meta["tokens"] = sums.tolist(), max(meta["tokens"], lengths.max().item())
+    lines = "".join(json.dumps(caption) + "\n" for caption in captions)
+    parts = {"latents.bin": latents, "text.bin": np.concatenate(text).tobytes()}
+    parts |= {"lengths.bin": lengths.tobytes(), "digest.bin": digests.tobytes()}
+    return parts | {"captions.jsonl": lines.encode()}
+
+
+def append(out, parts, meta):
+    """Write bytes, a dict by the names of files, to the ends of the files, and then say in
+    progress.json how far they are good. Raises UserError if the disk is full."""
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        for name, part in parts.items():
+            with open(out / name, "ab") as file:
+                file.truncate(meta["bytes"].get(name, 0))  # what a stopped run left behind
+                file.write(part)
+                file.flush()
+                os.fsync(file.fileno())
+                meta["bytes"][name] = file.tell()
+    write_json(out / "progress.json", meta)
 
 
 def read_captions(folder):
-    """The captions of a shard."""
-    return json.loads((folder / "captions.json").read_text("utf-8"))
+    """The captions of a cache."""
+    with open(Path(folder) / "captions.jsonl", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
 
 
-def write_meta(out, settings, codec, text_encoder):
-    """Write meta.json from what the shards hold. If they hold nothing, delete them and raise
-    UserError."""
-    records = {path.parent: read_json(path) for path in sorted(out.glob("shard-*/shard.json"))}
-    shards = [folder for folder, record in records.items() if record["count"]]
-    if not shards:
-        for folder in records:
-            shutil.rmtree(folder)
-        raise UserError(f"{settings.source} holds no picture with a caption that can be used")
-    total, seen = (sum(record[key] for record in records.values()) for key in ("count", "seen"))
-    mean, square = np.sum([record["sums"] for record in records.values()], axis=0) / total
-    lengths = np.concatenate([np.diff(np.load(folder / "offsets.npy")) for folder in shards])
-    side = settings.size // codec.factor
-    meta = {key: getattr(settings, key) for key in ("source", "codec", "text")} | {
-        "shards": {folder.name: records[folder]["count"] for folder in shards},
-        "latent_shape": [codec.channels, side, side],
-        "text_dim": text_encoder.dim,
-        "tokens": max(1, int(lengths.max())),
-        "mean": mean.tolist(),
-        "std": np.sqrt((square - mean**2).clip(1e-6)).tolist(),
-    }
-    if settings.text == "words":  # sample.py names the words of a prompt that are not there
-        captions = [text for folder in shards for text in read_captions(folder)]
-        words = {word for text in captions for word in text_encoder.tokenize(text)}
+def finish(out, meta, text_encoder):
+    """Write meta.json, with which a cache is whole, and say what it holds. Raises UserError if that
+    is nothing."""
+    for note, (count, example) in meta["notes"].items():
+        print(f"{count:,} x {note}, such as {example}")
+    if meta["count"] == 0:
+        raise UserError(f"{meta['source']} holds no picture with a caption that can be used")
+    mean, square = np.array(meta["sums"]) / meta["count"]
+    meta |= {"mean": mean.tolist(), "std": np.sqrt((square - mean**2).clip(1e-6)).tolist()}
+    if meta["text"] == "words":  # sample.py names the words of a prompt that are not there
+        words = {word for text in read_captions(out) for word in text_encoder.tokenize(text)}
         meta["vocabulary"] = sorted(words)
-    if settings.teacher:
-        meta["teacher_dim"] = np.load(shards[0] / "teacher.npy", "r").shape[1]
     write_json(out / "meta.json", meta)
-    print(f"{out} holds {total:,} pictures, {total / seen:.1%} of those looked at")
-    print("tokens in a caption, quartiles:", *np.quantile(lengths, [0, 0.25, 0.5, 0.75, 1]))
+    (out / "progress.json").unlink()
+    print(f"{out} holds {meta['count']:,} pictures; captions have {meta['tokens']} tokens at most")
 
 
 if __name__ == "__main__":
-    run_script(prepare, Settings, __doc__, positional="source")
+    run_script(prepare, Settings, __doc__)

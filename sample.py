@@ -1,7 +1,7 @@
 """Draw pictures with a trained model, and judge them.
 
 python sample.py "a red circle left of a blue square"
-python sample.py "a boat on a lake" --run out/photos --n 4 --out boats/     # single files
+python sample.py "a red dress" --run out/photos --n 4 --out dresses/     # single files
 python sample.py --score                             # the prompt accuracy on held-out scenes
 """
 
@@ -11,7 +11,6 @@ import itertools
 import math
 import textwrap
 from pathlib import Path
-from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -19,91 +18,57 @@ from PIL import Image, ImageDraw, ImageFont
 
 import model
 import prepare
-from model import PRX, UserError, fetch, read_config, read_json, shift_time, velocity, whole_file
-from prepare import Scene, Thing, caption, coverage, random_scene
+from model import PRX, UserError, shift_time, velocity, whole_file
+from prepare import Scene, Thing, caption, coverage, flag, random_scene
 
 
 # ---------------------------------------------------------------------------------------- drawing
-def generate(network, text, mask, noise, info, steps, guidance_scale):
+def generate(network, text, noise, info):
     """Latents from noise (B, C, H, W), by Euler steps along the velocity.
 
-    text (1 + B, T, D) and mask (1 + B, T) are of the empty caption and of B prompts. The velocity
-    is guided away from that of the empty caption (arXiv 2207.12598); a scale of 1 is no guidance.
-    info has `shift` and `predict`, as the model was trained.
+    text (1 + B, T, D) is of the empty caption and of B prompts. The velocity is guided away from
+    that of the empty caption (arXiv 2207.12598); a scale of 1 is no guidance. info has `shift`,
+    `predict` and `mask`, as the model was trained, `steps` and `guidance`.
     """
     # diffusers' FlowMatchEulerDiscreteScheduler shifts the last time twice. So do we, so that
     # official models draw the same pictures.
     lowest = shift_time(torch.tensor(0.001), info["shift"]).item()
-    times = shift_time(torch.linspace(1, lowest, steps), info["shift"])
+    times = shift_time(torch.linspace(1, lowest, info["steps"]), info["shift"])
     times = torch.cat((times, torch.zeros(1))).to(noise.device)
-    rows = torch.arange(1, 1 + len(noise))
-    if guidance_scale > 1:
-        rows = torch.cat((torch.zeros_like(rows), rows))  # in the same pass
-    text = text[rows]
-    mask = None if mask.all() else mask[rows]  # without one, attention takes the fast kernel
+    empty, text = text[:1].expand(len(noise), -1, -1), text[1:]
+    is_guided = info["guidance"] != 1
+    if is_guided:  # each picture twice in a batch: with the empty caption, and with its prompt
+        text = torch.cat((empty, text))
+    mask = text_mask(text, info)
     x = noise
     for t, next_t in itertools.pairwise(times):
-        x_in, t_in = x.repeat(len(rows) // len(x), 1, 1, 1), t.expand(len(rows))
+        x_in = torch.cat((x, x)) if is_guided else x
+        t_in = t.expand(len(x_in))
         v = velocity(network(x_in, t_in, text, mask).float(), x_in, t_in, info["predict"])
-        if guidance_scale > 1:
+        if is_guided:
             v_empty, v = v.chunk(2)
-            v = v_empty + guidance_scale * (v - v_empty)
+            v = v_empty + info["guidance"] * (v - v_empty)
         x = x + (next_t - t) * v
     return x
 
 
-def read_info(source):
-    """The folder with the config of a model, and its info: what it takes to draw with it. source is
-    a run, its uploaded ema/, or a pipeline of diffusers with a PRX, of which only small files are
-    downloaded here. Raises UserError."""
-    folder = fetch(source, "*.json")
-    if (folder / "model_index.json").exists():
-        return folder / "transformer", read_pipeline(source, folder)
+def text_mask(text, info):
+    """The mask (B, T) of text (B, T, D), for a model that was trained with one: rows of zeros are
+    padding. Others see them, so that attention takes the flash kernel."""
+    return (text != 0).any(dim=2) if info["mask"] else None
+
+
+def load_run(source):
+    """The network of a run, and its info: what it takes to `draw` with it. source is
+    the folder of a run, its `ema/`, or a copy of that on the Hub. Raises UserError."""
+    folder = model.fetch(source, "*.json", model.WEIGHTS)
     if (folder / "ema").is_dir():
         folder = folder / "ema"
-    return folder, read_json(folder / "nanoprx.json")
-
-
-def load_network(source, folder):
-    """The PRX in the folder that `read_info` found, downloaded if need be. Raises UserError."""
-    part = "transformer/" if folder.name == "transformer" else ""
-    fetch(source, *(part + name for name in model.PRX_FILES))
-    return PRX.from_pretrained(folder)
-
-
-def read_pipeline(source, folder):
-    """The info of an official PRX, from the small files in its folder. Raises UserError if it needs
-    networks that are not in model.py, before anything large is downloaded."""
-    index = read_json(folder / "model_index.json")
-    text_encoder, vae = (str(index.get(name, [0, 0])[1]) for name in ("text_encoder", "vae"))
-    is_known = text_encoder.startswith("T5Gemma") and vae in ("AutoencoderKL", "AutoencoderTiny")
-    channels = read_config(folder / "transformer").in_channels if is_known else 0
-    if not is_known or (vae == "AutoencoderKL" and channels != 16):
-        raise UserError(
-            f"{source} has the text encoder {text_encoder} and the codec {vae}; only T5Gemma with "
-            "FLUX.1 latents (AutoencoderKL of 16 channels) or AutoencoderTiny is known here"
-        )
-    codec, scaling = "taef1", {}  # has the latents of FLUX.1, scaled already
-    if vae == "AutoencoderTiny":
-        codec = str(fetch(source, "vae/*") / "vae")
-        scaling = read_json(f"{codec}/config.json")
-    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
-    side = (index.get("default_sample_size") or 512) // 8
-    is_distilled = "distilled" in str(source)
-    return {
-        "source": str(source),
-        "codec": codec,
-        "text": str(source),
-        "predict": "v",
-        "shift": scheduler.get("shift", 1.0),
-        "mask": True,
-        "latent_shape": [channels, side, side],
-        "mean": [scaling.get("shift_factor") or 0.0] * channels,
-        "std": [1 / (scaling.get("scaling_factor") or 1.0)] * channels,
-        "steps": 8 if is_distilled else 28,
-        "guidance": 1.0 if is_distilled else 5.0,
-        "examples": ["A front-facing portrait of a lion in the golden savanna at sunset"],
-    }
+    info = model.read_json(folder / "nanoprx.json")
+    missing = {"codec", "text", "predict", "shift", "mask", "latent_shape", "tokens"} - info.keys()
+    if missing:
+        raise UserError(f"{folder}/nanoprx.json is of another version: it has no {min(missing)}")
+    return PRX.from_pretrained(folder), info
 
 
 def encode_prompts(prompts, info, compute):
@@ -114,10 +79,7 @@ def encode_prompts(prompts, info, compute):
         count = len(text_encoder.tokenize(prompt))
         if count > model.MAX_TOKENS:
             print(f"only {model.MAX_TOKENS} of {count} tokens are read: {prompt[:60]}...")
-    captions, embeddings = ["", *prompts], []
-    for first in range(0, len(captions), 16):
-        embeddings += text_encoder.encode(captions[first : first + 16])
-    return [embedding.cpu() for embedding in embeddings]
+    return [embedding.cpu() for embedding in text_encoder.encode(["", *prompts])]
 
 
 def pictures_at_once(latent_shape):
@@ -125,55 +87,34 @@ def pictures_at_once(latent_shape):
     return max(1, 2**16 // (latent_shape[1] * latent_shape[2]))
 
 
-class Pipeline:
-    """A model with its codec, and its info, which a run keeps in nanoprx.json: `codec` and `text`
-    by name, `latent_shape`, `mean` and `std` of latents by channel, how the model was trained
-    (`predict`, `shift`, `mask`, `tokens` to which captions were filled up), and defaults (`steps`,
-    `guidance`, `examples`, which are prompts)."""
+@torch.no_grad()
+def draw(network, info, compute, embeddings, seeds):
+    """Pictures (B, H, W, 3) uint8 for what `encode_prompts` gives.
 
-    def __init__(self, network, info, compute):
-        self.network, self.info, self.compute = network, info, compute
-        self.codec = model.load_codec(info["codec"], compute)
-
-    def pad(self, embeddings):
-        """A list of (L, D) as text (B, T, D), filled up with zeros, and mask (B, T), on the device.
-        A model that was trained with a mask sees no zeros, another those up to the length of its
-        captions in training, which it has learnt to ignore."""
-        least = 0 if self.info.get("mask") else self.info["tokens"]
-        lengths = torch.tensor([max(len(each), least) for each in embeddings])
-        text = model.pad(embeddings, max(lengths))
-        mask = torch.arange(text.shape[1]) < lengths[:, None]
-        return text.to(self.compute.device), mask.to(self.compute.device)
-
-    @torch.no_grad()
-    def draw(self, embeddings, seeds, steps=0, guidance_scale=0.0, height=0, width=0):
-        """Pictures (B, H, W, 3) uint8 for what `encode_prompts` gives. Each begins with noise of
-        its own seed, and so is the same whatever else is drawn. 0 is the model's own default."""
-        steps = steps or self.info.get("steps", 20)
-        guidance_scale = guidance_scale or self.info.get("guidance", 2.0)
-        channels, rows, columns = self.info["latent_shape"]
-        factor = self.codec.factor
-        shape = (channels, height // factor or rows, width // factor or columns)
-        device, pictures = self.compute.device, []
-        statistics = torch.tensor([self.info["mean"], self.info["std"]], device=device)
-        mean, std = statistics[:, :, None, None]
-        empty, *embeddings = embeddings
-        at_once = pictures_at_once(shape)
-        for first in range(0, len(embeddings), at_once):
-            part = slice(first, first + at_once)
-            generators = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
-            noise = torch.stack([torch.randn(shape, generator=each) for each in generators])
-            text, mask = self.pad([empty, *embeddings[part]])
-            with self.compute.autocast():
-                latents = generate(
-                    self.network, text, mask, noise.to(device), self.info, steps, guidance_scale
-                )
-                images = self.codec.decode(latents * std + mean)
-            if not images.isfinite().all():
-                raise UserError("the model drew infinite values; try --dtype fp32")
-            images = ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte()
-            pictures.append(images.permute(0, 2, 3, 1).cpu().numpy())
-        return np.concatenate(pictures)
+    Each begins with noise of its own seed, so that it is the same whatever else is drawn, unless a
+    prompt is longer than every caption in the training was. info is what a run keeps in
+    nanoprx.json: `codec` and `text` by name, `latent_shape`, `mean` and `std` of latents by channel,
+    how the model was trained (`predict`, `shift`, `mask`, `tokens` to which captions were filled
+    up), how to draw (`steps`, `guidance`), and `examples`, which are prompts.
+    """
+    codec, device = model.load_codec(info["codec"], compute), compute.device
+    mean, std = torch.tensor([info["mean"], info["std"]], device=device)[:, :, None, None]
+    text = model.pad(embeddings, max(info["tokens"], *map(len, embeddings))).to(device)
+    empty, prompts = text[:1], text[1:]
+    pictures, at_once = [], pictures_at_once(info["latent_shape"])
+    for first in range(0, len(seeds), at_once):
+        part = slice(first, first + at_once)
+        dice = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
+        noise = torch.stack([torch.randn(info["latent_shape"], generator=each) for each in dice])
+        with compute.autocast():
+            both = torch.cat((empty, prompts[part]))
+            latents = generate(network, both, noise.to(device), info)
+            images = codec.decode(latents * std + mean)
+        if not images.isfinite().all():
+            raise UserError("the model drew infinite values; try --dtype fp32")
+        images = ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte()
+        pictures.append(images.permute(0, 2, 3, 1).cpu().numpy())
+    return np.concatenate(pictures)
 
 
 def grid(pictures, prompts, columns):
@@ -238,19 +179,20 @@ def check(picture, scene):
     # All that was told of a thing has to be true of one thing: for a red circle and a blue ring, a
     # blue circle and a red ring are wrong, though all colours and shapes are there.
     told = [{*thing[:3]} - {None} for thing in scene.things]
-    orders = itertools.permutations({*thing[:3]} for thing in found.things)
-    bound = any(all(a <= b for a, b in zip(told, order, strict=False)) for order in orders)
+    is_bound = False
+    for order in itertools.permutations({*thing[:3]} for thing in found.things):
+        is_bound |= all(words <= shown for words, shown in zip(told, order, strict=False))
     # Nothing else may be in the picture: at most 1% of its pixels are off by 110 of RGB from a
     # clean drawing of what was found.
     error = np.linalg.norm(picture - prepare.render(found, len(picture)).astype(float), axis=-1)
-    result["all"] = all(result.values()) and bound and bool(np.mean(error > 110) < 0.01)
+    result["all"] = all(result.values()) and is_bound and bool(np.mean(error > 110) < 0.01)
     return result
 
 
-def score(pipeline, count, steps=0, guidance_scale=0.0):
+def score(network, info, compute, count):
     """Shares of `count` pictures that are right, by kind: "named", held-out scenes told in full
     (and their attributes); "open", with no background named; "free", told as people may, where
-    captions that leave a place open may be in the training; "composition", with pairs that were
+    captions that leave something open may be in the training; "composition", with pairs that were
     never trained."""
     shares = {}
     for seed, kind in enumerate(("named", "open", "free", "composition")):
@@ -262,8 +204,8 @@ def score(pipeline, count, steps=0, guidance_scale=0.0):
         if kind == "free":
             scenes = [prepare.leave_open(scene, rng) for scene in scenes]
         prompts = [caption(scene) for scene in scenes]
-        embeddings = encode_prompts(prompts, pipeline.info, pipeline.compute)
-        pictures = pipeline.draw(embeddings, range(count), steps, guidance_scale)
+        embeddings = encode_prompts(prompts, info, compute)
+        pictures = draw(network, info, compute, embeddings, range(count))
         results = [check(*both) for both in zip(pictures, scenes, strict=True)]
         shares[kind] = np.mean([result.pop("all") for result in results])
         if kind == "named":
@@ -276,22 +218,16 @@ def score(pipeline, count, steps=0, guidance_scale=0.0):
 class Settings:
     """All settings of sample.py. Each field is a flag."""
 
-    prompts: Annotated[list[str], "what to draw; none: some captions of the run"] = ()
-    run: Annotated[str, "a run, or Photoroom/prx-512-t2i and the like on the Hub"] = "out/scenes"
-    out: Annotated[str, "one picture (.png, .jpg) of all, or a folder for files"] = "sample.png"
-    n: Annotated[int, "pictures for each prompt"] = 1
-    steps: Annotated[int, "Euler steps; 0: 20, an official PRX 28, a distilled one 8"] = 0
-    guidance: Annotated[float, "guidance scale, 1 is none; 0: 2, an official PRX 5"] = 0.0
-    height: Annotated[int, "of the pictures in pixels; 0: as in training"] = 0
-    width: Annotated[int, "of the pictures in pixels; 0: as in training"] = 0
-    seed: Annotated[int, "of the first picture of each prompt; the next has seed + 1"] = 0
-    score: Annotated[bool, "report the prompt accuracy on held-out scenes instead"] = False
-    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], "auto: the best there is"] = "auto"
-    dtype: Annotated[Literal["auto", "bf16", "fp16", "fp32"], "of matrix products"] = "auto"
-
-    def __post_init__(self):
-        if self.n == 0:
-            raise UserError("--n 0 draws nothing; it has to be 1 or more")
+    prompts: str = flag((), "what to draw; none: some captions of the run", nargs="*")
+    run: str = flag("out/scenes", "a run, its ema/, or a copy of that on the Hub")
+    out: str = flag("sample.png", "one picture (.png, .jpg) of all, or a folder for files")
+    n: int = flag(1, "pictures for each prompt", 1)
+    steps: int = flag(None, "Euler steps; none: as the run says, 20", 1)
+    guidance: float = flag(None, "guidance scale, 1 is none; none: as the run says, 2")
+    seed: int = flag(0, "of the first picture of each prompt; the next has seed + 1")
+    score: bool = flag(False, "report the prompt accuracy on held-out scenes instead")
+    device: str = flag("auto", "the best there is", choices=("auto", "cpu", "cuda", "mps"))
+    dtype: str = flag("auto", "of matrix products", choices=("auto", "bf16", "fp32"))
 
 
 def sample(settings):
@@ -299,28 +235,26 @@ def sample(settings):
     compute = model.pick_device(settings.device, settings.dtype)
     if compute.device.type == "cpu" and settings.dtype == "auto":
         compute = model.pick_device("cpu", "fp32")  # draws the same on each CPU, and nearly as fast
-    folder, info = read_info(settings.run)
-    how = settings.steps, settings.guidance
-    side = read_config(folder).patch_size * (1 if info["codec"] == "pixels" else 8)
-    if settings.height % side or settings.width % side:
-        raise UserError(f"--height and --width have to be multiples of {side} for {settings.run}")
-    if settings.score and info["source"] != "scenes":
-        raise UserError(f"{settings.run} was not trained on scenes, which --score is for")
+    network, info = load_run(settings.run)
+    for name in ("steps", "guidance"):
+        if getattr(settings, name) is not None:
+            info[name] = getattr(settings, name)
     if settings.score:
-        network = load_network(settings.run, folder).to(compute.device).eval()
-        for name, share in score(Pipeline(network, info, compute), 512, *how).items():
+        if info["source"] != "":
+            raise UserError(f"{settings.run} was not trained on scenes, which --score is for")
+        network.to(compute.device).eval()
+        for name, share in score(network, info, compute, 512).items():
             print(f"{name:12}{share:7.1%}")
         return
-    words = {word for text in settings.prompts for word in model.Words().tokenize(text)}
-    strange = sorted(words - set(info.get("vocabulary", words)))
-    if strange:
-        print(f"never seen in training: {', '.join(strange)}")
+    if "vocabulary" in info:
+        words = {word for text in settings.prompts for word in model.Words().tokenize(text)}
+        for word in sorted(words - {*info["vocabulary"]}):
+            print(f"no caption in the training had the word: {word}")
     prompts = [text for text in settings.prompts or info["examples"] for _ in range(settings.n)]
     seeds = [settings.seed + number % settings.n for number in range(len(prompts))]
-    embeddings = encode_prompts(prompts, info, compute)
-    network = load_network(settings.run, folder).to(compute.device).eval()
-    pipeline = Pipeline(network, info, compute)
-    pictures = pipeline.draw(embeddings, seeds, *how, settings.height, settings.width)
+    embeddings = encode_prompts(prompts, info, compute)  # before the model takes memory
+    network.to(compute.device).eval()
+    pictures = draw(network, info, compute, embeddings, seeds)
     out = Path(settings.out)
     if out.suffix.lower() in (".png", ".jpg", ".jpeg"):
         columns = settings.n if 1 < settings.n < 9 else min(len(prompts), 6)
@@ -335,4 +269,4 @@ def sample(settings):
 
 
 if __name__ == "__main__":
-    prepare.run_script(sample, Settings, __doc__, positional="prompts")
+    prepare.run_script(sample, Settings, __doc__)

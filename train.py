@@ -7,139 +7,139 @@ The same command again goes on where the run stopped. The folder of a run, out/s
 `ckpt.pt`, `ema/` (the averaged weights, to sample with), `log.csv`, `samples/`, `learning.gif`.
 """
 
-import bisect
+import collections
+import contextlib
 import copy
-import csv
 import dataclasses
 import hashlib
-import importlib.util
 import json
 import math
 import os
 import pickle
+import shutil
 import signal
+import threading
 import time
 from pathlib import Path
-from typing import Annotated, Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import model
 import prepare
-from model import PRX, PRXConfig, UserError, pad, pick_device, read_config, velocity, whole_file
-from sample import Pipeline, encode_prompts, grid, load_network, pictures_at_once, read_info, score
+from model import PRX, PRXConfig, UserError, pad, pick_device, velocity, whole_file, writing
+from prepare import flag
+from sample import draw, encode_prompts, grid, load_run, pictures_at_once, score, text_mask
 
 
 @dataclasses.dataclass
 class Settings:
     """All settings of a run. Each field is a flag. PRX's FIDs compare with 18.20, its baseline."""
 
-    data: Annotated[str, "a cache that prepare.py wrote"] = "data/scenes"
-    out: Annotated[str, "folder of the run; '': out/ and the cache's name"] = ""
-    init: Annotated[
-        str, "a run or an official PRX to begin with; its sizes, predict, shift stay"
-    ] = ""
-    steps: Annotated[int, "optimizer steps; with more a finished run goes on"] = 1200
-    batch_size: Annotated[int, "pictures in a step, over all processes (PRX: 256)"] = 128
-    micro_batch: Annotated[int, "pictures a process takes at once, to save memory; 0: all"] = 0
-    checkpoint_blocks: Annotated[bool, "compute blocks twice, to save memory"] = False
-    held_out: Annotated[float, "share of the cache for validation, at most 1,024 pictures"] = 0.02
-    prompts: Annotated[str, "file with the prompts of sample grids; '': held-out captions"] = ""
-    seed: Annotated[int, "of the weights, the order, the noise and the timesteps"] = 0
-    save_every: Annotated[int, "steps from checkpoint to checkpoint"] = 500
-    sample_every: Annotated[int, "steps from sample grid to sample grid"] = 200
-    patch_size: Annotated[int, "side of a token in latents; 0: 8 or more for pixels, else 2"] = 0
-    width: Annotated[int, "hidden size; 0: 128 for pixels, else 384 (PRX: 1792)"] = 0
-    depth: Annotated[int, "blocks; 0: 3 for pixels, else 8 (PRX: 16)"] = 0
-    mlp_ratio: Annotated[float, "width of the MLP over hidden size (PRX: 3.5)"] = 3.0
-    bottleneck: Annotated[int, "width of the bottleneck of pixel patches (PRX: 256); 0: none"] = 64
-    predict: Annotated[Literal["x", "v"], "clean picture (JiT; PRX on pixels) or velocity"] = "x"
-    t_floor: Annotated[float, "smallest t that the loss divides by (JiT, PRX: 0.05)"] = 0.3
-    shift: Annotated[float, "timestep shift, in sampling too (PRX: 3 at 1024 px)"] = 2.0
-    repa: Annotated[float, "weight of REPA, with a teacher (PRX: 0.5, FID 14.64)"] = 0.0
-    repa_until: Annotated[float, "share of the run after which REPA ends (PRX: early)"] = 1.0
-    route: Annotated[float, "share of tokens that skip blocks (TREAD; PRX: 0.5)"] = 0.0
-    caption_dropout: Annotated[float, "share of captions left empty, for guidance (PRX: 0.1)"] = 0.1
-    optimizer: Annotated[Literal["muon", "adamw"], "of the blocks (PRX: FID 15.55, 18.20)"] = "muon"
-    muon_lr: Annotated[float, "learning rate of Muon (PRX: 1e-4)"] = 5e-3
-    lr: Annotated[float, "learning rate of AdamW (PRX: 1e-4)"] = 3e-3
-    warmup: Annotated[int, "steps of linear warm-up (PRX: 1,000)"] = 30
-    cooldown: Annotated[float, "last share of the steps, with a linear cool-down (PRX: 0)"] = 0.3
-    clip: Annotated[float, "norm to which gradients are clipped (PRX: 0.2)"] = 1.0
-    ema: Annotated[float, "decay of the averaged weights a step (PRX: 0.999 every 10)"] = 0.98
-    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], "auto: the best there is"] = "auto"
-    dtype: Annotated[Literal["auto", "bf16", "fp16", "fp32"], "of matrix products"] = "auto"
-    compile: Annotated[
-        Literal["auto", "on", "off"], "torch.compile; auto: on CUDA, for more than 1,500 steps"
-    ] = "auto"
+    data: str = flag("data/scenes", "a cache that prepare.py wrote")
+    out: str = flag("", "folder of the run; '': out/ and the cache's name")
+    init: str = flag("", "a run to begin with; its sizes, predict and shift stay")
+    steps: int = flag(1200, "optimizer steps; with more a finished run goes on", 1)
+    batch_size: int = flag(128, "pictures in a step, over all processes (PRX: 256)", 1)
+    micro_batch: int = flag(0, "pictures a process takes at once, to save memory; 0: all")
+    held_out: float = flag(0.02, "share of the cache for validation, at most 1,024", 0, 0.5)
+    prompts: str = flag("", "file with the prompts of sample grids; '': held-out captions")
+    seed: int = flag(0, "of the weights, the order, the noise and the timesteps", 0, 2**32 - 1)
+    save_every: int = flag(500, "steps from checkpoint to checkpoint", 1)
+    sample_every: int = flag(200, "steps from sample grid to sample grid", 1)
+    patch_size: int = flag(0, "side of a token in latents; 0: 8 or more for pixels, else 2")
+    width: int = flag(0, "hidden size; 0: 128 for pixels, else 384 (PRX: 1792)")
+    depth: int = flag(0, "blocks; 0: 3 for pixels, else 8 (PRX: 16)")
+    mlp_ratio: float = flag(3.0, "width of the MLP over hidden size (PRX: 3.5)", 0.1)
+    bottleneck: int = flag(64, "width of the bottleneck of pixel patches (PRX: 256); 0: none")
+    predict: str = flag("x", "clean picture (JiT; PRX on pixels) or velocity", choices=("x", "v"))
+    t_floor: float = flag(0.3, "smallest t that the loss divides by (JiT, PRX: 0.05)", 0.001, 1)
+    shift: float = flag(2.0, "timestep shift, in sampling too (PRX: 3 at 1024 px)", 0.01)
+    repa: float = flag(0.0, "weight of REPA, with extras/teacher.py (PRX: 0.5, FID 14.64)")
+    repa_until: float = flag(1.0, "share of the run after which REPA ends (PRX: early)", 0, 1)
+    route: float = flag(0.0, "share of tokens that skip blocks (TREAD; PRX: 0.5)", 0, 0.95)
+    caption_dropout: float = flag(
+        0.1, "share of captions left empty, for guidance (PRX: 0.1)", 0, 1
+    )
+    optimizer: str = flag(
+        "muon", "of the blocks (PRX: FID 15.55, 18.20)", choices=("muon", "adamw")
+    )
+    muon_lr: float = flag(5e-3, "learning rate of Muon (PRX: 1e-4)")
+    lr: float = flag(3e-3, "learning rate of AdamW (PRX: 1e-4)")
+    warmup: int = flag(30, "steps of linear warm-up (PRX: 1,000)")
+    cooldown: float = flag(0.3, "last share of the steps, with a linear cool-down (PRX: 0)", 0, 1)
+    clip: float = flag(1.0, "norm to which gradients are clipped (PRX: 0.2)", 1e-6)
+    ema: float = flag(
+        0.98, "decay of the averaged weights a step (PRX: 0.999 every 10)", 0, 0.99999
+    )
+    device: str = flag("auto", "the best there is", choices=("auto", "cpu", "cuda", "mps"))
+    dtype: str = flag("auto", "of matrix products", choices=("auto", "bf16", "fp32"))
+    compile: bool = flag(False, "torch.compile the blocks, which pays in long runs on a GPU")
 
     def __post_init__(self):
         self.out = self.out or f"out/{Path(self.data).resolve().name}"
-        for name in ("steps", "batch_size", "save_every", "sample_every"):
-            if getattr(self, name) == 0:
-                raise UserError(f"--{name.replace('_', '-')} 0 has to be 1 or more")
-        for name in ("repa_until", "route", "caption_dropout", "ema", "held_out"):
-            if getattr(self, name) > 1:
-                flag = "--" + name.replace("_", "-")
-                raise UserError(f"{flag} {getattr(self, name)} has to be from 0 to 1")
+        if self.warmup > self.steps:
+            raise UserError(f"--warmup {self.warmup} is longer than the run of {self.steps} steps")
+        names = ("patch_size", "width", "depth", "mlp_ratio", "bottleneck", "predict", "shift")
+        for name in names:
+            if self.init and getattr(self, name) != getattr(Settings, name):
+                raise UserError(f"--init has a {name} of its own; leave the flag for it out")
 
 
 # --------------------------------------------------------------------------------------- the data
 class Cache:
     """What prepare.py wrote, mapped into memory. Raises UserError where it is none, or broken."""
 
-    def __init__(self, folder, with_teacher):
+    def __init__(self, folder, with_teacher=False):
         self.folder = Path(folder)
-        self.meta = model.read_json(self.folder / "meta.json")
-        names = ["latents", "text", "offsets", "digest"] + (["teacher"] if with_teacher else [])
-        self.shards, self.starts = [], [0]  # starts: where each shard's indices begin, and the end
+        self.meta = meta = model.read_json(self.folder / "meta.json")
+        if with_teacher and "teacher_shape" not in meta:
+            raise UserError(f"{folder} has no features for --repa; extras/teacher.py makes them")
         try:
-            for name, count in self.meta["shards"].items():
-                shard = {each: self.map_array(f"{name}/{each}.npy") for each in names}
-                if len(shard["latents"]) != count or len(shard["text"]) != shard["offsets"][-1]:
-                    raise ValueError(f"the files of {name} do not fit each other")
-                self.shards.append(shard)
-                self.starts.append(self.starts[-1] + count)
+            count, shape = meta["count"], meta["latent_shape"]
+            self.latents = self.map("latents.bin", meta["latent_dtype"], count, *shape)
+            self.lengths = self.map("lengths.bin", np.int32, count)
+            self.ends = self.lengths.cumsum(dtype=np.int64)  # of each caption's rows in text
+            self.text = self.map("text.bin", np.float16, self.ends[-1], meta["text_dim"])
+            self.digests = self.map("digest.bin", np.uint32, count)
+            self.features = None
+            if with_teacher:
+                self.features = self.map("teacher.bin", np.float16, count, *meta["teacher_shape"])
         except (KeyError, OSError, ValueError) as error:
-            raise UserError(f"{folder} is no whole cache, prepare it anew: {error}") from error
+            raise UserError(f"{folder} is no whole cache, prepare it anew: {error!r}") from error
 
-    def map_array(self, name):
+    def map(self, name, dtype, *shape):
         """An array of the cache, read from the disk only where it is used. It is a plain one, as
         indexing an np.memmap takes longer than copying a row."""
-        return np.asarray(np.load(self.folder / name, "r"))
+        return np.asarray(np.memmap(self.folder / name, dtype, "r", shape=tuple(map(int, shape))))
 
     def split(self, share):
         """The indices of the examples to train on, and of those held out: a share, at most about
         1,024. A hash of the pixels decides, so that equal pictures are on the same side. Fewer than
         four would tell nothing; then none is held out."""
-        digests = np.concatenate([shard["digest"] for shard in self.shards])  # (N,) uint32
-        is_held_out = digests < min(share, 1024 / len(digests)) * 2**32  # hashes are uniform
-        if not 4 <= is_held_out.sum() < len(digests):
+        share = min(share, 1024 / len(self.digests))
+        is_held_out = self.digests < share * 2**32  # hashes are uniform
+        if not 4 <= is_held_out.sum() < len(is_held_out):
             is_held_out[:] = False
         return np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
 
     def load(self, indices):
         """Examples as a list of tensors: latents (B, C, H, W), uint8 or float16 as stored, text
         (B, T, D) float32, padded with zeros to the T of the longest caption in the cache, and, with
-        a teacher, its features (B, its D, h, w) float16."""
+        a teacher, its features (B, its D, h, w) float16. Raises UserError if one is not finite."""
         text = np.zeros((len(indices), self.meta["tokens"], self.meta["text_dim"]), np.float32)
-        latents, features = [], []
         for place, index in enumerate(indices):
-            number = bisect.bisect_right(self.starts, index) - 1  # of the shard that has it
-            shard, row = self.shards[number], index - self.starts[number]
-            start, stop = shard["offsets"][row : row + 2]
-            text[place, : stop - start] = shard["text"][start:stop]
-            latents.append(shard["latents"][row])
-            if "teacher" in shard:
-                features.append(shard["teacher"][row])
-        arrays = [np.stack(latents), text] + ([np.stack(features)] if features else [])
+            stop, length = self.ends[index], self.lengths[index]
+            text[place, :length] = self.text[stop - length : stop]
+        arrays = [np.stack([self.latents[index] for index in indices]), text]
+        if self.features is not None:
+            arrays.append(np.stack([self.features[index] for index in indices]))
+        if not all(np.isfinite(array).all() for array in arrays):
+            raise UserError(f"{self.folder} holds values that are not finite; prepare it anew")
         return [torch.from_numpy(array) for array in arrays]
 
 
@@ -163,13 +163,10 @@ def make_model(settings, meta):
     side, is_pixels = meta["latent_shape"][1], meta["codec"] == "pixels"
     patch = settings.patch_size or (max(8, side // 16) if is_pixels else 2)
     width = settings.width or (128 if is_pixels else 384)
+    depth = settings.depth or (3 if is_pixels else 8)
     heads = max(4, width // 64)
-    # A head's width is halved for rows and columns, and rope turns pairs: a multiple of 4.
-    if width % (4 * heads) or side % patch:
-        raise UserError(
-            f"--width {width} has to be a multiple of {4 * heads} (4 x {heads} heads), and "
-            f"--patch-size {patch} has to divide the side of the latents, {side}"
-        )
+    if width % (4 * heads):  # a head is halved for rows and columns, and rope turns pairs
+        raise UserError(f"--width {width} is no multiple of {4 * heads}, 4 for each head")
     config = PRXConfig(
         in_channels=meta["latent_shape"][0],
         patch_size=patch,
@@ -177,55 +174,26 @@ def make_model(settings, meta):
         hidden_size=width,
         mlp_ratio=settings.mlp_ratio,
         num_heads=heads,
-        depth=settings.depth or (3 if is_pixels else 8),
+        depth=depth,
         axes_dim=(width // heads // 2, width // heads // 2),
         theta=100,  # 2403.13298, for few tokens; PRX: 10000
         bottleneck_size=(settings.bottleneck or None) if is_pixels else None,
     )
-    return PRX(config, meta["teacher_dim"] if settings.repa else None)
+    return PRX(config, meta["teacher_shape"][0] if settings.repa else None)
 
 
-def start_from(settings, meta):
-    """The network of --init, and the info to draw with it. Its weights depend on how they were
-    trained (prediction, shift, mask) and on the mean and std of latents, so these are kept. Raises
-    UserError where the cache does not fit."""
-    folder, info = read_info(settings.init)
-    config, data = read_config(folder), settings.data
-    for name, size in (("patch_size", "patch_size"), ("width", "hidden_size"), ("depth", "depth")):
-        if getattr(settings, name) not in (0, getattr(config, size)):
-            given = f"--{name.replace('_', '-')} {getattr(settings, name)}"
-            raise UserError(f"{given} does not fit {settings.init}: it has {getattr(config, size)}")
-    if meta["text_dim"] != config.context_in_dim:
-        raise UserError(
-            f"{data} has text embeddings of width {meta['text_dim']} ({meta['text']}), and "
-            f"{settings.init} takes {config.context_in_dim}: prepare with --text {info['text']}"
-        )
-    codecs = {name.removeprefix("madebyollin/") for name in (meta["codec"], info["codec"])}
-    # A folder may hold the very codec that the other names, so it is let pass.
-    is_other = len(codecs) == 2 and not any(Path(name).is_dir() for name in codecs)
-    if is_other or meta["latent_shape"][0] != config.in_channels:
-        raise UserError(
-            f"{data} has latents of {meta['codec']}, and {settings.init} takes those of "
-            f"{info['codec']}: prepare with --codec {info['codec']}"
-        )
-    offset = (np.array(meta["mean"]) - info["mean"]) / info["std"]
-    ratio = np.array(meta["std"]) / info["std"]
-    is_far = abs(offset).max() > 3 or ratio.max() > 10 or ratio.min() < 1 / 10
-    if is_far and not info.get("mask"):  # official models have 0 and 1, not statistics
-        raise UserError(
-            f"the latents of {data} have another mean or std than {settings.init} knows: prepare "
-            f"with --codec {info['codec']}"
-        )
-    if meta["latent_shape"][1] % config.patch_size:
-        raise UserError(
-            f"the side of the latents in {data} is no multiple of {config.patch_size}: prepare "
-            "with another --size"
-        )
-    network = PRX(config, meta["teacher_dim"] if settings.repa else None)
-    weights = load_network(settings.init, folder).state_dict()
-    network.load_state_dict(weights, strict=False)  # a projector is not saved
+def start_from(source, settings, meta):
+    """The network of the run `source`, and the info to draw with it. Its weights depend on how they
+    were trained (prediction, shift, mask) and on the mean and std of latents, so these are kept.
+    Raises UserError where the cache does not fit."""
+    first, info = load_run(source)
+    for name in ("codec", "text"):
+        if meta[name] != info[name]:
+            raise UserError(f"{source} takes --{name} {info[name]}: prepare {settings.data} so")
+    network = PRX(first.config, meta["teacher_shape"][0] if settings.repa else None)
+    network.load_state_dict(first.state_dict(), strict=False)  # a projector is not saved
     kept = ("predict", "shift", "mask", "mean", "std", "steps", "guidance")
-    return network, meta | {"mask": False} | {key: info[key] for key in kept if key in info}
+    return network, meta | {name: info[name] for name in kept}
 
 
 class Muon(torch.optim.Optimizer):
@@ -239,39 +207,22 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         """Update all matrices, those of one shape together."""
-        group, by_shape = self.param_groups[0], {}
+        group, by_shape = self.param_groups[0], collections.defaultdict(list)
         for p in group["params"]:
             if "average" not in self.state[p]:
                 self.state[p]["average"] = torch.zeros_like(p)
-            by_shape.setdefault(p.shape, []).append(p)
-        chunks = []  # of at most 2^26 numbers, as the work below takes several times their memory
-        for parameters in by_shape.values():
-            size = max(1, 2**26 // parameters[0].numel())
-            chunks += [parameters[i : i + size] for i in range(0, len(parameters), size)]
-        for parameters in chunks:
+            by_shape[p.shape].append(p)
+        for shape, parameters in by_shape.items():
             averages = [self.state[p]["average"] for p in parameters]
             gradients = [p.grad for p in parameters]
             # As a loop over both lists would do it, but in fewer kernels.
             torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
             # Nesterov looks ahead, to the average after another gradient like this one.
             ahead = torch._foreach_lerp(gradients, averages, group["momentum"])
-            updates = orthogonalize(torch.stack(ahead).to(self.dtype)).to(ahead[0].dtype)
+            updates = newton_schulz(torch.stack(ahead).to(self.dtype)).to(ahead[0].dtype)
             # An orthogonal matrix has an RMS of 1 / sqrt(longer side); AdamW's updates have 0.2.
-            rate = group["lr"] * 0.2 * math.sqrt(max(parameters[0].shape))
+            rate = group["lr"] * 0.2 * math.sqrt(max(shape))
             torch._foreach_add_(parameters, list(updates), alpha=-rate)
-
-
-def orthogonalize(x):
-    """`newton_schulz` of matrices x (N, rows, columns). Several processes share the work: each
-    takes every world_size-th matrix, and they exchange the results."""
-    if not dist.is_initialized():
-        return newton_schulz(x)
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    filler = x.new_zeros(-len(x) % world_size, *x.shape[1:])  # so that each has as many
-    share = newton_schulz(torch.cat((x, filler))[rank::world_size]).contiguous()
-    shares = [torch.empty_like(share) for _ in range(world_size)]
-    dist.all_gather(shares, share)
-    return torch.stack(shares, dim=1).flatten(0, 1)[: len(x)]  # in the first order again
 
 
 def newton_schulz(x):
@@ -301,11 +252,6 @@ def make_optimizers(network, settings, compute):
 
 
 # --------------------------------------------------------------------------------- a training step
-def count_kept(tokens, settings):
-    """How many of a picture's tokens go through all blocks (TREAD)."""
-    return max(1, round(tokens * (1 - settings.route)))
-
-
 def normalize(latents, info):
     """Latents (B, C, H, W) as stored, uint8 or float16, to float32, mean 0 and std 1 a channel."""
     if latents.dtype == torch.uint8:
@@ -315,28 +261,28 @@ def normalize(latents, info):
     return (latents.float() - mean) / std
 
 
-def make_batch(examples, null_text, run, rank, world_size):
+def make_batch(examples, run):
     """What `compute_loss` takes, from examples as `Cache.load` gives them: a dict of x, noise
     (B, C, H, W), t (B,) in [0.001, 1], text (B, T, D), and, if asked for, keep (B, S), the numbers
     of the tokens that go through all blocks, and a teacher's features (B, L, its D).
 
     Chance is drawn for the whole batch, from seed and step alone, and each process takes its rows.
-    null_text (1, T, D) takes the place of dropped captions.
     """
     latents, text, *features = examples
     settings, device, count = run.settings, latents.device, run.settings.batch_size
-    mine = slice(rank, None, world_size)  # as `index_batches` shares examples
+    mine = slice(run.rank, None, run.world_size)  # as `index_batches` shares examples
     # Seed and step are below 2^32, so that no two pairs of them draw the same.
     dice = torch.Generator(device).manual_seed(settings.seed * 2**32 + run.step)
     noise = torch.randn(count, *latents.shape[1:], generator=dice, device=device)[mine]
     t = model.sample_timesteps(count, run.info["shift"], dice)[mine]
     dropped = torch.rand(count, generator=dice, device=device)[mine] < settings.caption_dropout
-    text = torch.where(dropped[:, None, None], null_text, text)
+    text = torch.where(dropped[:, None, None], run.empty_caption, text)
     batch = {"x": normalize(latents, run.info), "noise": noise, "t": t, "text": text}
     rows, columns = (side // run.model.config.patch_size for side in latents.shape[2:])
     if settings.route > 0:
+        kept = max(1, round(rows * columns * (1 - settings.route)))
         chances = torch.rand(count, rows * columns, generator=dice, device=device)[mine]
-        batch["keep"] = chances.argsort(1)[:, : count_kept(rows * columns, settings)]  # (B, S)
+        batch["keep"] = chances.argsort(1)[:, :kept]  # (B, S)
     if features:
         grid_of_tokens = F.adaptive_avg_pool2d(features[0].float(), (rows, columns))
         batch["features"] = grid_of_tokens.flatten(2).mT  # (B, L, D)
@@ -349,8 +295,7 @@ def compute_loss(network, batch, info, t_floor):
     features, or 0 without those."""
     x, noise, t, text, keep = (batch.get(name) for name in ("x", "noise", "t", "text", "keep"))
     x_t = torch.lerp(x, noise, t[:, None, None, None])  # (1 - t) x + t noise
-    mask = (text != 0).any(dim=2) if info["mask"] else None  # rows of zeros are padding
-    output = network(x_t, t, text, mask, keep)
+    output = network(x_t, t, text, text_mask(text, info), keep)
     repa = torch.zeros((), device=x.device)
     if "features" in batch:
         output, tokens = output  # tokens (B, L or S, D)
@@ -372,37 +317,30 @@ def learning_rate_factor(step, settings):
     return min(1, warmup, cooldown)
 
 
-def train_step(network, run, batch, compute):
-    """One step of all optimizers. network is run.model, in DDP if there are several processes.
-    Returns (3,): this process's error of velocities and REPA's, and the norm before clipping."""
+def train_step(run, batch):
+    """One step of all optimizers. Returns (3,): this process's error of velocities and REPA's, and
+    the norm of the gradients before clipping."""
     settings, count = run.settings, len(batch["x"])
     micro = settings.micro_batch or count
-    # After repa_until REPA counts 0 times. It is still computed, as DDP needs a gradient for each
-    # parameter.
     repa_weight = settings.repa if run.step < settings.repa_until * settings.steps else 0.0
     losses = torch.zeros(2, device=batch["x"].device)
     for first in range(0, count, micro):
         part = {name: each[first : first + micro] for name, each in batch.items()}
-        # DDP averages gradients over processes in the last part's backward only.
-        network.require_backward_grad_sync = first + micro >= count
-        with compute.autocast():
-            mse, repa = compute_loss(network, part, run.info, settings.t_floor)
         share = len(part["x"]) / count
-        run.scaler.scale((mse + repa_weight * repa) * share).backward()
+        with run.compute.autocast():
+            mse, repa = compute_loss(run.model, part, run.info, settings.t_floor)
+        ((mse + repa_weight * repa) * share).backward()
         losses += torch.stack((mse, repa)).detach() * share
-    for optimizer in run.optimizers:
-        run.scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(network.parameters(), settings.clip)
-    # In float16 gradients overflow now and then. Then the norm is infinite, and clipping has
-    # spoilt all gradients. The scaler leaves out only the optimizer that overflowed; we, all.
-    overflows = run.scaler.is_enabled() and not norm.isfinite()
+    if run.world_size > 1:
+        for p in run.model.parameters():  # the mean over processes, of equal shares of the batch
+            dist.all_reduce(p.grad)
+            p.grad /= run.world_size
+    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), settings.clip)
     factor = learning_rate_factor(run.step, settings)
     for optimizer, rate in zip(run.optimizers, (settings.lr, settings.muon_lr), strict=False):
         optimizer.param_groups[0]["lr"] = rate * factor
-        if not overflows:
-            run.scaler.step(optimizer)
+        optimizer.step()
         optimizer.zero_grad()
-    run.scaler.update()
     with torch.no_grad():
         averages, weights = list(run.ema.parameters()), list(run.model.parameters())
         torch._foreach_lerp_(averages, weights, 1 - settings.ema)
@@ -410,232 +348,169 @@ def train_step(network, run, batch, compute):
     return torch.cat((losses, norm[None]))
 
 
-# Bands of timesteps, as PRX reports them, by their column in log.csv.
-BANDS = {"held_out_low": (0.0, 0.3), "held_out_middle": (0.3, 0.6), "held_out_high": (0.6, 1.0)}
-
-
 @torch.no_grad()
-def validate(run, cache, indices, compute):
-    """Errors of velocities of held-out examples by the averaged weights, a dict by BANDS, empty if
-    nothing is held out. Noise and timesteps are fixed: only the weights make a difference."""
-    errors = dict.fromkeys(BANDS, 0.0) if len(indices) else {}
-    at_once = pictures_at_once(run.info["latent_shape"])
-    for first in range(0, len(indices), at_once):
-        examples = cache.load(indices[first : first + at_once])
-        latents, text, *_ = (example.to(compute.device) for example in examples)
-        batch = {"x": normalize(latents, run.info), "text": text}
-        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(first))
-        batch["noise"] = noise.to(compute.device)
-        places = (torch.arange(len(text), device=compute.device) + 0.5) / len(text)
-        for band, (low, high) in BANDS.items():
-            batch["t"] = low + (high - low) * places
-            with compute.autocast():
-                mse, _ = compute_loss(run.ema, batch, run.info, run.settings.t_floor)
-            errors[band] += mse.item() * len(text) / len(indices)
-    return errors
+def validate(run):
+    """The loss of held-out examples by the averaged weights. Noise and timesteps are fixed: only
+    the weights make a difference."""
+    losses, at_once = [], pictures_at_once(run.info["latent_shape"])
+    for first in range(0, len(run.held_out), at_once):
+        examples = run.cache.load(run.held_out[first : first + at_once])
+        latents, text, *_ = (example.to(run.compute.device) for example in examples)
+        dice = torch.Generator().manual_seed(first)
+        noise = torch.randn(latents.shape, generator=dice).to(latents.device)
+        t = (torch.arange(len(text), device=text.device) + 0.5) / len(text)
+        batch = {"x": normalize(latents, run.info), "noise": noise, "t": t, "text": text}
+        with run.compute.autocast():
+            mse, _ = compute_loss(run.ema, batch, run.info, run.settings.t_floor)
+        losses += [mse.item()] * len(text)
+    return np.mean(losses).item()
 
 
 # ---------------------------------------------------------------------------------------- the run
 class Run:
-    """What goes on: the model, its average (EMA), the optimizers, and how far they are."""
+    """What goes on: the data, the model, its average (EMA), the optimizers, how far they are."""
 
-    def __init__(self, settings, meta, compute):
-        self.settings, self.device = settings, compute.device
+    def __init__(self, settings, compute, rank=0, world_size=1):
+        self.settings, self.compute = settings, compute
+        self.rank, self.world_size, self.folder = rank, world_size, Path(settings.out)
         self.step, self.seconds = 0, 0.0  # made and taken so far, before a resume, too
+        self.cache = Cache(settings.data, with_teacher=settings.repa > 0)
+        self.trained, self.held_out = self.cache.split(settings.held_out)
+        meta, is_resumed = self.cache.meta, (self.folder / "ckpt.pt").exists()
         torch.manual_seed(settings.seed)
         if settings.init:
-            self.model, self.info = start_from(settings, meta)
+            first = self.folder if is_resumed else settings.init
+            self.model, self.info = start_from(first, settings, meta)
         else:
             self.model = make_model(settings, meta)
             how = {"predict": settings.predict, "shift": settings.shift, "mask": False}
-            self.info = meta | how  # all it takes to draw, see sample.Pipeline
-        self.model.checkpoint_blocks = settings.checkpoint_blocks
-        self.model.to(self.device)
+            self.info = meta | how | {"steps": 20, "guidance": 2.0}  # see sample.draw
+        self.model.to(compute.device)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.optimizers = make_optimizers(self.model, settings, compute)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=compute.dtype == torch.float16)
-        self.parts = {"model": self.model, "ema": self.ema, "scaler": self.scaler}
+        self.parts = {"model": self.model, "ema": self.ema}
         self.parts |= {f"optimizer {number}": each for number, each in enumerate(self.optimizers)}
-        # What must not change when a run goes on. Steps, learning rates and the like may.
-        digest = hashlib.md5(json.dumps(meta, sort_keys=True).encode()).hexdigest()
-        self.decisive = {"data": f"the cache with digest {digest[:8]}"}
-        names = ("init", "seed", "batch_size", "held_out", "optimizer", "repa", "route")
-        self.decisive |= {name: getattr(settings, name) for name in names}
-        names = ("predict", "shift", "mask", "mean", "std")
-        self.decisive |= {name: self.info[name] for name in names}
-        self.decisive |= dataclasses.asdict(self.model.config)
+        if is_resumed:
+            self.load()
+        if settings.compile:
+            for block in self.model.blocks:  # all alike, so that the first is compiled for all
+                block.compile()
+        self.info["examples"] = read_prompts(self)
+        self.embeddings = encode_prompts(self.info["examples"], self.info, compute)
+        # That of the empty caption comes first. It is padded like the captions of the cache.
+        self.empty_caption = pad(self.embeddings[:1], meta["tokens"]).to(compute.device)
 
-    def save(self, folder):
+    def fixed(self):
+        """What must not change when a run goes on. Steps, learning rates and the like may."""
+        meta = self.cache.meta.items()
+        data = sorted((name, value) for name, value in meta if not name.startswith("teacher"))
+        digest = hashlib.md5(json.dumps(data).encode()).hexdigest()
+        names = ("init", "seed", "batch_size", "held_out", "optimizer", "repa", "route")
+        how = {name: getattr(self.settings, name) for name in names}
+        how |= {name: self.info[name] for name in ("predict", "shift", "mask")}
+        return {"data": f"of digest {digest[:8]}"} | how | dataclasses.asdict(self.model.config)
+
+    def save(self):
         """Write the checkpoint, and the average with all it takes to draw. Raises UserError."""
         state = {name: part.state_dict() for name, part in self.parts.items()}
-        state |= {"step": self.step, "seconds": self.seconds, "decisive": self.decisive}
-        self.ema.save_pretrained(folder / "ema")
-        model.write_json(folder / "ema" / "nanoprx.json", self.info)
-        with whole_file(folder / "ckpt.pt") as file:
-            try:
-                torch.save(state, file)
-            except RuntimeError as error:  # which hides what the disk said
-                raise OSError("torch.save failed, is the disk full?") from error
+        state |= {"step": self.step, "seconds": self.seconds, "fixed": self.fixed()}
+        self.ema.save_pretrained(self.folder / "ema")
+        model.write_json(self.folder / "ema" / "nanoprx.json", self.info)
+        with whole_file(self.folder / "ckpt.pt") as file:
+            torch.save(state, file)
 
-    def load(self, folder):
-        """Go on from a folder's checkpoint. Raises UserError if it is of another run, or broken."""
+    def load(self):
+        """Go on from the checkpoint. Raises UserError if it is of another run, or broken."""
+        path = self.folder / "ckpt.pt"
         try:
-            state = torch.load(folder / "ckpt.pt", map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise UserError(f"{folder}/ckpt.pt cannot be read; use a new --out: {error}") from error
-        prepare.refuse_differences(folder, state["decisive"], self.decisive)
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            saved = state["fixed"]
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError) as error:
+            raise UserError(f"{path} is none of train.py's; use a new --out: {error!r}") from error
+        prepare.refuse_differences(self.folder, saved, self.fixed())
         self.step, self.seconds = state["step"], state["seconds"]
         for name, part in self.parts.items():
-            if state[name]:  # a scaler that was not in use has no state
-                part.load_state_dict(state[name])
+            part.load_state_dict(state[name])
 
-    def trim_log(self, path):
-        """Take the rows behind the checkpoint out of log.csv, as these steps come again."""
-        lines = path.read_text().splitlines(keepends=True)
-        rows = [line for line in lines[1:] if line.strip() and int(line.split(",")[0]) <= self.step]
-        with whole_file(path) as file:
-            file.write("".join(lines[:1] + rows).encode())
-
-    def measure(self, results, seconds, world_size):
+    def measure(self, results, seconds):
         """A row of log.csv, a dict: means over steps and processes of `train_step`'s results, the
         learning rates, and the speed of these steps, which took so many seconds. Raises UserError
-        if a mean is infinite or nan; in float16 the norm may be."""
+        if a mean is infinite or nan."""
         means = torch.stack(results).mean(0)
-        if world_size > 1:
+        if self.world_size > 1:
             dist.all_reduce(means)
-        loss, repa_loss, norm = (means / world_size).tolist()
-        norm_may_overflow = self.scaler.is_enabled()  # train_step leaves out such steps
-        if not (math.isfinite(loss + repa_loss) and (norm_may_overflow or math.isfinite(norm))):
+        means = (means / self.world_size).tolist()
+        if not all(map(math.isfinite, means)):
             raise UserError(f"the loss is infinite at step {self.step}; begin anew, lower --lr")
         rates = [optimizer.param_groups[0]["lr"] for optimizer in self.optimizers]
-        return {
-            "step": self.step,
-            "loss": loss,
-            "repa_loss": repa_loss,
-            "grad_norm": norm,
-            "lr": rates[0],
-            "muon_lr": rates[1] if len(rates) == 2 else None,
-            "pictures_per_second": len(results) * self.settings.batch_size / seconds,
-        }
+        speed = len(results) * self.settings.batch_size / seconds
+        values = (self.step, self.seconds, speed, *means, rates[0], rates[-1])
+        return dict(zip(COLUMNS, values, strict=False))
+
+
+def read_prompts(run):
+    """The prompts of sample grids, twelve at most: those of --prompts, a line each, or held-out
+    captions, and if they are few, the first ones."""
+    if run.settings.prompts:
+        lines = Path(run.settings.prompts).read_text("utf-8").splitlines()
+    else:
+        captions = prepare.read_captions(run.cache.folder)
+        lines = [captions[index] for index in run.held_out[:100]] + captions[:100]
+    return list(dict.fromkeys(line.strip() for line in lines if line.strip()))[:12]
+
+
+# Of log.csv.
+COLUMNS = ("step", "seconds", "pictures_per_second", "loss", "repa_loss", "grad_norm", "lr")
+COLUMNS += ("muon_lr", "held_out_loss")
+
+
+def trim(folder, last):
+    """Begin log.csv, or take out of it what is no row, and the rows behind a step, as these steps
+    come again; their grids, too. Raises UserError if the folder cannot be written to."""
+    path, rows = folder / "log.csv", []
+    if path.exists():
+        for line in path.read_text(errors="replace").splitlines():
+            step, *values = line.split(",")
+            if step.isdecimal() and int(step) <= last and len(values) == len(COLUMNS) - 1:
+                rows.append(line)
+    with whole_file(path) as file:
+        file.write("\n".join([",".join(COLUMNS), *rows, ""]).encode())
+    for path in (folder / "samples").glob("step_*.png"):
+        if int(path.stem.removeprefix("step_")) > last:
+            path.unlink()
 
 
 def append_row(path, row):
-    """Append a row, a dict, to a CSV file, which begins with the names. Raises UserError."""
-    try:
-        with open(path, "a") as file:
-            writer = csv.DictWriter(file, row, lineterminator="\n")
-            if file.tell() == 0:
-                writer.writeheader()
-            writer.writerow({k: f"{x:.6g}" if isinstance(x, float) else x for k, x in row.items()})
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error}") from error
+    """Append a row, a dict by COLUMNS, to log.csv. Raises UserError."""
+    rounded = [f"{row[name]:.6g}" if name in row else "" for name in COLUMNS]
+    with writing(path), open(path, "a") as file:
+        file.write(",".join(rounded) + "\n")
 
 
-# ------------------------------------------------------------------------------------ what it tells
-def matrix_rate(compute):
-    """The FLOP/s of a large product of matrices, as measured: what the device can reach."""
-    side = 8192 if compute.device.type == "cuda" else 512
-    x = torch.randn(side, side, device=compute.device).to(compute.dtype)
-    seconds = []
-    for _ in range(4):
-        started = time.perf_counter()
-        (x @ x)[0, 0].item()  # which waits for the device
-        seconds.append(time.perf_counter() - started)
-    return 2 * side**3 / min(seconds)
-
-
-def flops_per_picture(run, compute):
-    """Floating-point operations to train on one picture: those of the forward pass, counted, and
-    twice as many backward. Model FLOPs utilisation (arXiv 2204.02311) is this times the pictures a
-    second, over `matrix_rate`."""
-    channels, height, width = run.info["latent_shape"]
-    latents = torch.zeros(1, channels, height, width, device=run.device)
-    text = torch.zeros(1, run.info["tokens"], run.info["text_dim"], device=run.device)
-    kept = count_kept(height * width // run.model.config.patch_size**2, run.settings)
-    keep = torch.arange(kept, device=run.device)[None] if run.settings.route else None
-    plain = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)  # can be counted
-    with torch.no_grad(), plain, FlopCounterMode(display=False) as counter, compute.autocast():
-        run.ema(latents, latents.new_ones(1), text, keep=keep)
-    return 3 * counter.get_total_flops()
-
-
-def report(run, compute, compiles, trained, held_out, prompts, world_size):
-    """Print what is about to happen."""
-    settings, info = run.settings, run.info
-    parameters = sum(weight.numel() for weight in run.model.parameters())
-    patch, (_, height, width) = run.model.config.patch_size, info["latent_shape"]
-    is_flash = not info["mask"] and (run.device.type == "cpu" or compute.dtype != torch.float32)
-    # Weights, gradients, averages, momentum; AdamW has second moments, too.
-    states = 4 if settings.optimizer == "muon" else 5
-    epochs = settings.steps * settings.batch_size / len(trained)
-    print(f"device: {world_size} x {run.device.type}, {compute.reason}")
-    print(
-        f"model: {parameters:,} parameters, {height // patch * (width // patch)} image and up to "
-        f"{info['tokens']} text tokens, {'flash' if is_flash else 'memory-efficient'} attention, "
-        f"{'torch.compile' if compiles else 'no torch.compile'}"
-    )
-    few = ", too few for a share of them" if settings.held_out and not len(held_out) else ""
-    print(
-        f"data: {len(trained):,} pictures and {len(held_out):,} held out{few}; {settings.steps:,} "
-        f"steps of {settings.batch_size:,} are {epochs:.1f} epochs"
-    )
-    print(f"memory: about {states * 4 * parameters / 1e9:.2g} GB, and that of activations")
-    print("sample grids:", "; ".join(prompt[:80] for prompt in prompts))
-
-
-def save_grid(folder, pipeline, embeddings, step):
+def save_grid(run):
     """Draw the prompts of the run into samples/."""
-    prompts = pipeline.info["examples"]
-    sheet = grid(pipeline.draw(embeddings, range(len(prompts))), prompts, 6)
-    with whole_file(folder / "samples" / f"step_{step:06d}.png") as file:
+    prompts = run.info["examples"]
+    pictures = draw(run.ema, run.info, run.compute, run.embeddings, range(len(prompts)))
+    sheet = grid(pictures, prompts, 6)
+    with whole_file(run.folder / "samples" / f"step_{run.step:06d}.png") as file:
         sheet.save(file, "png")
 
 
-def finish(folder, pipeline, run):
-    """Write learning.gif, and the prompt accuracy of a run on scenes."""
+def save_film(folder):
+    """Make learning.gif of the grids in samples/, at most 50, the last among them."""
     paths = sorted((folder / "samples").glob("step_*.png"))
-    if paths:  # unless the user has deleted them
-        step = math.ceil(len(paths) / 50)
-        kept = [Image.open(path) for path in paths[::step]]
-        # A GIF has 256 colours. This method keeps those of small things true, too.
-        first, *others = [sheet.quantize(method=Image.Quantize.FASTOCTREE) for sheet in kept]
-        durations = [400] * len(others) + [2000]  # in milliseconds
+    chosen = np.linspace(0, len(paths) - 1, min(50, len(paths))).round().astype(int)
+    # A GIF has 256 colours. This method keeps those of small things true, too.
+    sheets = [Image.open(paths[n]).quantize(method=Image.Quantize.FASTOCTREE) for n in chosen]
+    sheets = [sheet for sheet in sheets if sheet.size == sheets[-1].size]  # of the same prompts
+    if sheets:  # unless the user has deleted them
+        durations = [400] * (len(sheets) - 1) + [2000]  # in milliseconds
+        how = {"save_all": True, "append_images": sheets[1:], "duration": durations, "loop": 0}
         with whole_file(folder / "learning.gif") as file:
-            first.save(file, "gif", save_all=True, append_images=others, duration=durations, loop=0)
-    print(f"{folder} took {run.seconds / 60:.1f} minutes; python sample.py --run {folder} PROMPT")
-    if run.info["source"] == "scenes":
-        accuracies = score(pipeline, 128).items()
-        print("prompt accuracy:", *(f"{name} {share:.1%}" for name, share in accuracies))
+            sheets[0].save(file, "gif", **how)
 
 
 # ------------------------------------------------------------------------------------ the main part
-def can_compile(settings, compute):
-    """Whether to compile: as --compile says; "auto" is where it works and pays. It takes 10 to 20
-    seconds on an H200, more than a short run of a small network gains."""
-    if settings.compile != "auto":
-        return settings.compile == "on"
-    if compute.device.type != "cuda" or settings.steps <= 1500:
-        return False
-    has_triton = importlib.util.find_spec("triton") is not None  # Windows lacks it
-    return has_triton and torch.cuda.get_device_capability() >= (7, 0)  # as it demands
-
-
-def read_prompts(settings, cache, held_out):
-    """The prompts of sample grids, twelve at most. Raises UserError if the file holds none."""
-    if settings.prompts:
-        try:
-            lines = Path(settings.prompts).read_text("utf-8").splitlines()
-        except (OSError, ValueError) as error:
-            raise UserError(f"--prompts {settings.prompts} cannot be read: {error}") from error
-    else:  # held-out captions of the first shard, and if they are few, its first ones
-        captions = prepare.read_captions(cache.folder / next(iter(cache.meta["shards"])))
-        lines = [captions[index] for index in held_out if index < len(captions)] + captions
-    prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))[:12]
-    if not prompts:
-        raise UserError(f"--prompts {settings.prompts} holds no prompt; it takes one a line")
-    return prompts
-
-
 def join_processes(settings, device):
     """The rank of this process and the number of processes, which meet here if torchrun started
     several. The first draws the built-in scenes, if they are wanted and not there. Raises UserError
@@ -646,7 +521,7 @@ def join_processes(settings, device):
     if rank == 0 and settings.data == "data/scenes" and not Path("data/scenes/meta.json").exists():
         prepare.prepare(prepare.Settings(device=settings.device))
     if world_size > 1:  # the others wait here for the first
-        # Tensors on the CPU, such as stop_asked, need gloo.
+        # Tensors on the CPU, such as that of `train_loop`, need gloo.
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return rank, world_size
 
@@ -656,79 +531,62 @@ def train(settings):
 
     Raises UserError where data are missing, the folder holds another run, or the loss is infinite.
     """
-    compute, folder = pick_device(settings.device, settings.dtype), Path(settings.out)
+    compute = pick_device(settings.device, settings.dtype)
+    compiler = "cc" if compute.device.type == "cuda" else "c++"
+    if (
+        settings.compile
+        and shutil.which(os.getenv(compiler.upper().replace("+", "X"), compiler)) is None
+    ):
+        raise UserError(f"--compile needs a compiler of C, and none is found as {compiler}")
     rank, world_size = join_processes(settings, compute.device)
-    cache = Cache(settings.data, with_teacher=settings.repa > 0)
-    run = Run(settings, cache.meta, compute)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {folder} cannot be written: {error}") from error
-    trained, held_out = cache.split(settings.held_out)
-    prompts = read_prompts(settings, cache, held_out)
-    run.info["examples"] = prompts  # sample.py draws them, too
-    if (folder / "ckpt.pt").exists():
-        run.load(folder)
-        if rank == 0 and (folder / "log.csv").exists():
-            run.trim_log(folder / "log.csv")
-        if rank == 0 and run.step >= settings.steps:
-            print(f"{folder} has made its {run.step} steps; give more --steps, or another --out")
-    pipeline = Pipeline(run.ema, run.info, compute)
-    compiles = can_compile(settings, compute)
+    run = Run(settings, compute, rank, world_size)
     if rank == 0:
-        report(run, compute, compiles, trained, held_out, prompts, world_size)
-    if compiles:
-        for block in run.model.blocks:  # all alike, so that the first is compiled for all
-            block.compile()
-    network = run.model
-    if world_size > 1:
-        network = DistributedDataParallel(network, gradient_as_bucket_view=True)
-    train_loop(network, run, cache, (trained, held_out), pipeline, folder, rank, world_size)
-    if rank == 0 and run.step < settings.steps:
+        trim(run.folder, run.step)
+        parameters = sum(weight.numel() for weight in run.model.parameters())
+        print(f"{world_size} x {compute.device.type}, {compute.dtype}; {parameters:,} parameters")
+        print(f"{len(run.trained):,} pictures, and {len(run.held_out):,} held out")
+        print(f"{settings.out} is at step {run.step:,} of {settings.steps:,}")
+    was_stopped = train_loop(run)
+    if rank == 0 and was_stopped:
         print(f"stopped at step {run.step} and saved; the same command goes on")
     elif rank == 0:
-        finish(folder, pipeline, run)
+        save_film(run.folder)
+        print(f"{settings.out} took {run.seconds / 60:.1f} minutes")
+        if run.info["source"] == "":
+            accuracies = score(run.ema, run.info, compute, 128).items()
+            print("prompt accuracy:", *(f"{name} {share:.1%}" for name, share in accuracies))
     if world_size > 1:
         dist.barrier()  # while the first process draws and scores
         dist.destroy_process_group()
 
 
-def stop_on_signals():
-    """A tensor that becomes 1 when the process is told to stop."""
-    stop_asked = torch.zeros(())
+SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")  # Ctrl-C, torchrun's, a closed terminal
 
-    def ask_to_stop(number, frame):
-        stop_asked.fill_(1)
 
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Ctrl-C, torchrun's, a closed terminal
+def handle_signals(handler):
+    """Let a function handle being told to stop."""
+    for name in SIGNALS:
         if hasattr(signal, name):  # Windows has no SIGHUP
-            signal.signal(getattr(signal, name), ask_to_stop)
-    return stop_asked
+            signal.signal(getattr(signal, name), handler)
 
 
-def train_loop(network, run, cache, split, pipeline, folder, rank, world_size):
-    """The loop: steps until the last or until told to stop, with samples and checkpoints. split is
-    that of the cache."""
-    settings, compute, (trained, held_out) = run.settings, pipeline.compute, split
-    stop_asked = stop_on_signals()
-    embeddings = encode_prompts(run.info["examples"], run.info, compute)
-    # The first embedding is that of the empty caption, padded like the captions of the cache.
-    null_text = pad(embeddings[:1], cache.meta["tokens"]).to(compute.device)
-    # Pictures a second times this is the model FLOPs utilisation of all devices.
-    mfu_factor = flops_per_picture(run, compute) / matrix_rate(compute) / world_size
-    indices = index_batches(trained, settings, run.step, rank, world_size)
-    disable = True if rank > 0 else None  # None: shown on a terminal only
+def train_loop(run):
+    """Steps until the last or until told to stop, with samples and checkpoints. Returns whether it
+    was told to stop."""
+    settings, device, is_first = run.settings, run.compute.device, run.rank == 0
+    stop_asked = threading.Event()
+    handle_signals(lambda number, frame: stop_asked.set())
+    indices = index_batches(run.trained, settings, run.step, run.rank, run.world_size)
+    disable = None if is_first else True  # None: shown on a terminal only
     bar = tqdm(total=settings.steps, initial=run.step, disable=disable)
     began = time.perf_counter() - run.seconds  # as if the run had never been stopped
     results, results_began = [], time.perf_counter()  # of the steps since the last row of the log
-    errors = {}  # of the last validation
-    for examples in prepare.load_ahead(indices, cache.load):
-        examples = [example.to(compute.device) for example in examples]
-        batch = make_batch(examples, null_text, run, rank, world_size)
-        results.append(train_step(network, run, batch, compute))
+    for examples in prepare.load_ahead(indices, run.cache.load):
+        batch = make_batch([example.to(device) for example in examples], run)
+        results.append(train_step(run, batch))
         bar.update()
-        stops = stop_asked.clone()  # as a signal may come any time
-        if world_size > 1:
+        stops = torch.tensor(float(stop_asked.is_set()))
+        if run.world_size > 1:
             dist.all_reduce(stops)  # told to stop, all stop at the same step
         is_last = run.step == settings.steps
         samples = is_last or run.step % settings.sample_every == 0
@@ -736,23 +594,23 @@ def train_loop(network, run, cache, split, pipeline, folder, rank, world_size):
         logs = samples or saves or run.step % 10 == 0  # reading the loss waits for the device
         if not logs:
             continue
-        row = run.measure(results, time.perf_counter() - results_began, world_size)
-        row["mfu"] = row["pictures_per_second"] * mfu_factor
-        run.seconds = row["seconds"] = time.perf_counter() - began
-        row |= dict.fromkeys(BANDS)  # empty, where nothing is measured
-        if samples and rank == 0:
-            errors = validate(run, cache, held_out, compute)
-            row |= errors
-            save_grid(folder, pipeline, embeddings, run.step)
-            bar.write(", ".join(f"{name} {row[name]:.4g}" for name in row if row[name] is not None))
-        if rank == 0:
-            append_row(folder / "log.csv", row)
-        if saves and rank == 0:
-            run.save(folder)
-        bar.set_postfix(loss=row["loss"], **errors)
+        run.seconds = time.perf_counter() - began
+        row = run.measure(results, time.perf_counter() - results_began)
+        if samples and is_first:
+            if len(run.held_out):
+                row["held_out_loss"] = validate(run)
+            save_grid(run)
+            bar.write(", ".join(f"{name} {value:.4g}" for name, value in row.items()))
+        if is_first:
+            append_row(run.folder / "log.csv", row)
+        if saves and is_first:
+            run.save()
+        bar.set_postfix(loss=row["loss"])
         if stops > 0:
-            break
+            return True
         results, results_began = [], time.perf_counter()  # so that drawing and saving do not count
+    handle_signals(signal.default_int_handler)
+    return stop_asked.is_set()
 
 
 if __name__ == "__main__":
