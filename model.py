@@ -213,9 +213,8 @@ class PRX(nn.Module):
     def from_pretrained(cls, folder):
         """The model in a folder of diffusers' layout. Raises UserError if it holds none."""
         saved = read_json(Path(folder) / "config.json")
-        names = [field.name for field in dataclasses.fields(PRXConfig)]
-        config = PRXConfig(**{name: saved[name] for name in names if name in saved})
-        config.axes_dim = tuple(config.axes_dim)  # which JSON made a list
+        names = PRXConfig.__annotations__.keys() & saved.keys()
+        config = PRXConfig(**{name: saved[name] for name in names})
         with torch.device("meta"):  # shapes only; the tensors of the file are put in
             model = cls(config)
         model.load_state_dict(safetensors.torch.load_file(Path(folder) / WEIGHTS), assign=True)
@@ -298,29 +297,22 @@ def pick_device(device="auto", dtype="auto"):
 
 
 @contextlib.contextmanager
-def writing(path):
-    """Within this context, which only writes, an error becomes a UserError that names the path."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:  # the latter by torch.save
-        raise UserError(f"{path} cannot be written: {error}") from error
-
-
-@contextlib.contextmanager
 def whole_file(path):
     """A binary file to write to. It gets its name only when it is complete and on the disk; until
     then an older file of that name stays. Raises UserError if it cannot be written."""
     unfinished = Path(f"{path}.partial")
-    with writing(path):
+    try:
         unfinished.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(unfinished, "wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        with open(unfinished, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except (OSError, RuntimeError) as error:  # RuntimeError is torch.save's
+        raise UserError(f"{path} cannot be written: {error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
 
 
 def write_json(path, value):
@@ -416,10 +408,9 @@ def load_codec(name, compute):
     if name == "pixels":
         return Pixels()
     source = name if Path(name).is_dir() or "/" in name else f"madebyollin/{name}"
-    path = fetch(source, WEIGHTS, "taef2.safetensors") / WEIGHTS
-    if not path.exists():
-        path = path.with_name("taef2.safetensors")
-    weights = safetensors.torch.load_file(path)
+    folder = fetch(source, WEIGHTS, "taef2.safetensors")
+    paths = [folder / name for name in (WEIGHTS, "taef2.safetensors")]
+    weights = safetensors.torch.load_file(paths[0] if paths[0].exists() else paths[1])
     last_bias = weights.get("encoder.layers.14.bias")
     if last_bias is None:
         raise UserError(f"{source} holds no tiny autoencoder; taef2 and taesd are such")
@@ -442,16 +433,12 @@ class Words:
     dim = 3 * 32
 
     def tokenize(self, text):
-        """Its words in lower case, without articles; Chinese and Japanese by the character."""
-        spaced = ""
-        for letter in unicodedata.normalize("NFC", text.lower()):
-            if "\u3040" <= letter <= "\u9fff":  # Japanese and Chinese, which have no spaces
-                spaced += f" {letter} "
-            elif unicodedata.category(letter)[0] in "LMN":  # letters, their marks, numbers
-                spaced += letter
-            else:
-                spaced += " "
-        return [word for word in spaced.split() if word not in ("a", "an", "the")]
+        """Its words in lower case, without articles; a word is what stands between other signs than
+        letters, their marks and numbers."""
+        text = unicodedata.normalize("NFC", text.lower())
+        kinds = [unicodedata.category(sign)[0] for sign in text]  # L, M and N are those
+        spaced = [sign if kind in "LMN" else " " for sign, kind in zip(text, kinds, strict=True)]
+        return [word for word in "".join(spaced).split() if word not in ("a", "an", "the")]
 
     def encode(self, captions):
         """A list of (L, 96), L <= MAX_TOKENS; of the empty caption L is 0."""
@@ -498,32 +485,24 @@ def load_text_encoder(name, compute):
     T5, UMT5, BERT or MiniLM, or the T5Gemma of an official PRX pipeline. Raises UserError."""
     if name == "words":
         return Words()
-    import transformers  # an optional package, as it is slow to import, too
+    from transformers import AutoConfig, AutoModelForTextEncoding, AutoTokenizer
 
-    if (fetch(name, "*.json") / "model_index.json").exists():
-        encoder = load_prx_text_encoder(name)
-    else:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        network = transformers.AutoModelForTextEncoding.from_pretrained(name)
-        encoder = Pretrained(tokenizer, network)
+    if not (fetch(name, "*.json") / "model_index.json").exists():
+        network, clean = AutoModelForTextEncoding.from_pretrained(name), str
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    else:  # a pipeline of diffusers, which cleans prompts; without ftfy it fails to
+        import ftfy  # noqa: F401
+        from diffusers.pipelines.prx.pipeline_prx import TextPreprocessor
+        from transformers.models.t5gemma.modeling_t5gemma import T5GemmaEncoder
+
+        config = AutoConfig.from_pretrained(name, subfolder="text_encoder")
+        config = getattr(config, "encoder", config)  # of both halves, or of the encoder alone
+        network = T5GemmaEncoder.from_pretrained(name, subfolder="text_encoder", config=config)
+        tokenizer = AutoTokenizer.from_pretrained(name, subfolder="tokenizer")
+        clean = TextPreprocessor().clean_text
     is_bf16 = compute.device.type == "cuda" and compute.dtype == torch.bfloat16
-    dtype = torch.bfloat16 if is_bf16 else torch.float32
-    encoder.network.to(compute.device, dtype).eval().requires_grad_(False)
-    return encoder
-
-
-def load_prx_text_encoder(name):
-    """The T5Gemma of a PRX pipeline of diffusers, with the cleaning that goes with it."""
-    import ftfy  # noqa: F401  (without it diffusers' cleaning fails with a NameError)
-    from diffusers.pipelines.prx.pipeline_prx import TextPreprocessor
-    from transformers import AutoConfig, AutoTokenizer
-    from transformers.models.t5gemma.modeling_t5gemma import T5GemmaEncoder
-
-    config = AutoConfig.from_pretrained(name, subfolder="text_encoder")
-    config = getattr(config, "encoder", config)  # of both halves, or of the encoder alone
-    network = T5GemmaEncoder.from_pretrained(name, subfolder="text_encoder", config=config)
-    tokenizer = AutoTokenizer.from_pretrained(name, subfolder="tokenizer")
-    return Pretrained(tokenizer, network, TextPreprocessor().clean_text)
+    network.to(compute.device, torch.bfloat16 if is_bf16 else torch.float32)
+    return Pretrained(tokenizer, network.eval().requires_grad_(False), clean)
 
 
 def pad(embeddings, tokens):

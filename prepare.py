@@ -24,9 +24,9 @@ import hashlib
 import io
 import itertools
 import json
+import operator
 import os
 import sys
-import typing
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -38,7 +38,7 @@ from PIL import Image, ImageCms, ImageOps
 from tqdm import tqdm
 
 import model
-from model import UserError, read_json, write_json, writing
+from model import UserError, read_json, write_json
 
 # ----------------------------------------------------------------------- the built-in world: scenes
 COLOURS = {
@@ -65,22 +65,10 @@ NEVER_TRAINED = {("red", "triangle"), ("blue", "ring"), ("yellow", "cross"), ("g
 STEP = 0.27  # from the centre of the picture to a place, in picture widths
 
 
-class Thing(typing.NamedTuple):
-    """A shape in a scene; lengths in picture widths. What is None a caption leaves open."""
-
-    colour: str | None
-    shape: str
-    place: str | None
-    x: float
-    y: float
-    radius: float
-
-
-class Scene(typing.NamedTuple):
-    """One thing, or two that face each other, on a background (None: left open)."""
-
-    background: str | None
-    things: list
+# A shape in a scene; lengths in picture widths. What is None a caption leaves open.
+Thing = collections.namedtuple("Thing", "colour shape place x y radius")
+# One thing, or a list of two that face each other, on the colour of a background.
+Scene = collections.namedtuple("Scene", "background things")
 
 
 def put(colour, shape, place, rng):
@@ -218,13 +206,9 @@ def load_file(path, count):
     if count[path.with_suffix("")] > 1:
         raise LeftOut("two pictures for one caption")
     try:
-        caption, picture = captions[0].read_bytes(), path.read_bytes()
-        is_utf16 = caption[:2] in (b"\xff\xfe", b"\xfe\xff")
-        return caption.decode("utf-16" if is_utf16 else "utf-8-sig"), load_picture(picture)
-    except OSError:
-        raise LeftOut("file that cannot be read") from None
-    except ValueError:
-        raise LeftOut("caption that is not UTF-8") from None
+        return captions[0].read_text("utf-8-sig"), load_picture(path.read_bytes())
+    except (OSError, ValueError):
+        raise LeftOut("caption that is not UTF-8, or file that cannot be read") from None
 
 
 def load_picture(data):
@@ -233,7 +217,7 @@ def load_picture(data):
         picture = ImageOps.exif_transpose(Image.open(io.BytesIO(data), formats=FORMATS))
         profile = picture.info.get("icc_profile")
         if picture.mode.startswith("I") or picture.mode == "F":
-            raise LeftOut(f"grey values of kind {picture.mode}, whose range is not known")
+            raise ValueError("grey values whose range is not known")
         if picture.has_transparency_data:
             picture = picture.convert("RGBA")
             white = Image.new("RGBA", picture.size, "white")
@@ -243,10 +227,8 @@ def load_picture(data):
                 profiles = io.BytesIO(profile), ImageCms.createProfile("sRGB")
                 picture = ImageCms.profileToProfile(picture, *profiles, outputMode="RGB")
         return picture.convert("RGB")
-    except LeftOut:
-        raise
     except Exception:  # Pillow's decoders raise whatever they come upon
-        raise LeftOut("broken or gigantic picture") from None
+        raise LeftOut("broken or gigantic picture, or one with more than 8 bits of grey") from None
 
 
 # ----------------------------------------------------------------------------------- command line
@@ -283,9 +265,7 @@ def run_script(main, settings_class, description):
         sys.exit(f"{parser.prog}: {error}")
     except ModuleNotFoundError as error:
         sys.exit(f"{parser.prog}: {error}; pip install {error.name.split('.')[0]}")
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "allocate" not in str(error):
-            raise
+    except (MemoryError, torch.OutOfMemoryError) as error:
         sys.exit(f"{parser.prog}: out of memory; train.py has --micro-batch for that: {error}")
     except KeyboardInterrupt:
         sys.exit(f"{parser.prog}: stopped; the same command goes on")
@@ -318,11 +298,8 @@ class Settings:
         self.out = self.out or f"data/{name}"
         self.size = self.size or (256 if self.source else 32)
         self.limit = self.limit or (sys.maxsize if self.source else 20_000)
-        # The side of a patch in pixels, as train.py chooses it.
-        patch = 8 if self.codec == "pixels" and self.size <= 128 else 16
-        if self.size % patch:
-            near = self.size // patch * patch + patch
-            raise UserError(f"--size {self.size} is no multiple of {patch}; {near} is one")
+        if self.size % 16:
+            raise UserError(f"--size {self.size} is no multiple of 16, the side of a patch")
 
 
 def prepare(settings):
@@ -331,8 +308,6 @@ def prepare(settings):
     if not settings.source:
         write_cache(settings, range(settings.limit), partial(draw_scene, size=settings.size))
         return
-    if not Path(settings.source).is_dir():
-        raise UserError(f"{settings.source} is no folder; for the Hub and tars see extras/hub.py")
     files = find_files(Path(settings.source))
     pictures = [path.with_suffix("") for path in files if path.suffix.lower() in ENDINGS]
     write_cache(settings, files, partial(load_file, count=collections.Counter(pictures)))
@@ -356,55 +331,49 @@ def write_cache(settings, items, load):
     compute = model.pick_device(settings.device)
     codec = model.load_codec(settings.codec, compute)
     text_encoder = model.load_text_encoder(settings.text, compute)
-    if "seen" not in meta:
-        side = size // codec.factor
-        meta |= {"count": 0, "tokens": 1, "text_dim": text_encoder.dim}
-        meta |= {"latent_shape": [codec.channels, side, side], "latent_dtype": codec.stored_dtype}
-        meta |= {"seen": 0, "sums": [[0.0], [0.0]], "notes": {}, "bytes": {}}
+    side = size // codec.factor
+    new = {"seen": 0, "count": 0, "sums": [[0.0], [0.0]], "notes": {}, "bytes": {}, "tokens": 1}
+    new |= {"latent_shape": [codec.channels, side, side], "latent_dtype": codec.stored_dtype}
+    meta = new | {"text_dim": text_encoder.dim} | meta
     print(f"{out}: writing the cache, which has {meta['count']:,} pictures so far")
-    total = len(items) if hasattr(items, "__len__") else None  # a stream has none
     remaining = itertools.islice(items, meta["seen"], None)
-    bar = tqdm(total=total, initial=meta["seen"], unit=" pictures", disable=None)
-    with bar, ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow lets other threads run
-
-        def load_batch(batch):
-            return list(pool.map(partial(load_square, load=load, size=size, bar=bar), batch))
-
-        batches = cut_into_batches(remaining, max(1, 2**22 // size**2))  # of 4 million pixels
-        for examples in load_ahead(batches, load_batch):
-            captions, pictures = choose(examples, meta)
-            if captions:
-                images = torch.from_numpy(np.stack(pictures)).to(compute.device)
-                with compute.autocast():
-                    parts = encode(captions, images, meta, codec, text_encoder)
-                append(out, parts, meta)
+    total = operator.length_hint(items) or None  # a stream has no length
+    load_one = partial(load_square, load=load, size=size)
+    batch, batch_size = [], max(1, 2**22 // size**2)  # pictures of 4 million pixels together
+    with tqdm(total=total, initial=meta["seen"], unit=" pictures", disable=None) as bar:
+        for name, caption, picture, note in map_ahead(load_one, remaining, 64):
+            bar.update()
+            meta["seen"] += 1
+            if note is not None:
+                meta["notes"].setdefault(note, [0, name])[0] += 1
+            if caption is not None:
+                batch.append((caption, picture))
+                meta["count"] += 1
+            if len(batch) == batch_size:
+                append(out, encode(batch, meta, codec, text_encoder, compute), meta)
+                batch = []
             if meta["count"] == settings.limit:
                 break
-    finish(out, meta, text_encoder)
+    if batch:
+        append(out, encode(batch, meta, codec, text_encoder, compute), meta)
+    finish(out, meta)
 
 
-def cut_into_batches(items, count):
-    """Yield lists of count items, the last one of what is left."""
-    while batch := list(itertools.islice(items, count)):
-        yield batch
+def map_ahead(function, items, ahead):
+    """Yield function(item) for each item, in order. Threads work on the next ones meanwhile."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        futures = collections.deque()
+        for item in items:
+            futures.append(pool.submit(function, item))  # which begins at once
+            if len(futures) > ahead:
+                yield futures.popleft().result()
+        for future in futures:
+            yield future.result()
 
 
-def load_ahead(batches, load):
-    """Yield load(batch) of each batch; a thread loads the next one meanwhile."""
-    with ThreadPoolExecutor(1) as pool:
-        ahead = None
-        for batch in batches:
-            ready, ahead = ahead, pool.submit(load, batch)  # which begins at once
-            if ready is not None:
-                yield ready.result()
-        if ahead is not None:
-            yield ahead.result()
-
-
-def load_square(item, load, size, bar):
+def load_square(item, load, size):
     """The name of an item, its caption, its picture (size, size, 3) uint8, cropped to a square, and
     what is to be said about it. Caption and picture are None if it is left out."""
-    bar.update()
     try:
         caption, picture = load(item)
         caption = " ".join(caption.encode(errors="replace").decode().split())
@@ -417,39 +386,25 @@ def load_square(item, load, size, bar):
     return str(item), caption, np.asarray(square), note
 
 
-def choose(examples, meta):
-    """Captions and pictures of those of `load_square`'s examples that are not left out, up to the
-    limit. meta counts what was looked at, and what is to be said about it."""
-    captions, pictures = [], []
-    for name, caption, picture, note in examples:
-        meta["seen"] += 1
-        if note is not None:
-            meta["notes"].setdefault(note, [0, name])[0] += 1
-        if caption is not None and meta["count"] < meta["limit"]:
-            meta["count"] += 1
-            captions.append(caption)
-            pictures.append(picture)
-    return captions, pictures
-
-
 @torch.no_grad()
-def encode(captions, images, meta, codec, text_encoder):
-    """Bytes for the files of a cache, a dict by their names, from captions and images (N, H, W, 3)
-    uint8; meta is brought up to date. Raises UserError if latents are infinite."""
-    text = [rows.half().cpu().numpy() for rows in text_encoder.encode(captions)]
-    lengths = np.array([len(rows) for rows in text], np.int32)
-    digests = np.array([zlib.crc32(image) for image in images.cpu().numpy()], np.uint32)
-    latents, sums = b"", np.array(meta["sums"])  # sums (2, C) of latents and of their squares
-    for part in images.permute(0, 3, 1, 2).split(64):
-        x = codec.encode(part / 127.5 - 1).float().cpu().numpy()
-        sums = sums + [x.mean((2, 3)).sum(0), (x**2).mean((2, 3)).sum(0)]
-        if codec.stored_dtype == "uint8":
-            x = ((x + 1) * 127.5).round()
-        latents += x.astype(codec.stored_dtype).tobytes()
-    if not np.isfinite(sums).all():
-        raise UserError(f"--codec {meta['codec']} made infinite latents; use another")
-    meta["sums"], meta["tokens"] = sums.tolist(), max(meta["tokens"], lengths.max().item())
+def encode(batch, meta, codec, text_encoder, compute):
+    """Bytes for the files of a cache, a dict by their names, from captions and pictures (size,
+    size, 3) uint8; meta is brought up to date."""
+    captions, pictures = zip(*batch, strict=True)
     lines = "".join(json.dumps(caption) + "\n" for caption in captions)
+    digests = np.array([zlib.crc32(picture) for picture in pictures], np.uint32)
+    images = torch.from_numpy(np.stack(pictures)).to(compute.device).permute(0, 3, 1, 2)
+    latents, sums = b"", np.array(meta["sums"])  # sums (2, C) of latents and of their squares
+    with compute.autocast():
+        text = [rows.half().cpu().numpy() for rows in text_encoder.encode(captions)]
+        for part in images.split(64):
+            x = codec.encode(part / 127.5 - 1).float().cpu().numpy()
+            sums = sums + [x.mean((2, 3)).sum(0), (x**2).mean((2, 3)).sum(0)]
+            if codec.stored_dtype == "uint8":
+                x = ((x + 1) * 127.5).round()
+            latents += x.astype(codec.stored_dtype).tobytes()
+    lengths = np.array([len(rows) for rows in text], np.int32)
+    meta["sums"], meta["tokens"] = sums.tolist(), max(meta["tokens"], lengths.max().item())
     parts = {"latents.bin": latents, "text.bin": np.concatenate(text).tobytes()}
     parts |= {"lengths.bin": lengths.tobytes(), "digest.bin": digests.tobytes()}
     return parts | {"captions.jsonl": lines.encode()}
@@ -458,7 +413,7 @@ def encode(captions, images, meta, codec, text_encoder):
 def append(out, parts, meta):
     """Write bytes, a dict by the names of files, to the ends of the files, and then say in
     progress.json how far they are good. Raises UserError if the disk is full."""
-    with writing(out):
+    try:
         out.mkdir(parents=True, exist_ok=True)
         for name, part in parts.items():
             with open(out / name, "ab") as file:
@@ -467,6 +422,8 @@ def append(out, parts, meta):
                 file.flush()
                 os.fsync(file.fileno())
                 meta["bytes"][name] = file.tell()
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {error}") from error
     write_json(out / "progress.json", meta)
 
 
@@ -476,18 +433,17 @@ def read_captions(folder):
         return [json.loads(line) for line in file]
 
 
-def finish(out, meta, text_encoder):
+def finish(out, meta):
     """Write meta.json, with which a cache is whole, and say what it holds. Raises UserError if that
     is nothing."""
     for note, (count, example) in meta["notes"].items():
         print(f"{count:,} x {note}, such as {example}")
     if meta["count"] == 0:
-        raise UserError(f"{meta['source']} holds no picture with a caption that can be used")
+        raise UserError(
+            f"{meta['source']} has no picture to use; extras/hub.py reads tars and the Hub"
+        )
     mean, square = np.array(meta["sums"]) / meta["count"]
     meta |= {"mean": mean.tolist(), "std": np.sqrt((square - mean**2).clip(1e-6)).tolist()}
-    if meta["text"] == "words":  # sample.py names the words of a prompt that are not there
-        words = {word for text in read_captions(out) for word in text_encoder.tokenize(text)}
-        meta["vocabulary"] = sorted(words)
     write_json(out / "meta.json", meta)
     (out / "progress.json").unlink()
     print(f"{out} holds {meta['count']:,} pictures; captions have {meta['tokens']} tokens at most")

@@ -23,11 +23,11 @@ from prepare import Scene, Thing, caption, coverage, flag, random_scene
 
 
 # ---------------------------------------------------------------------------------------- drawing
-def generate(network, text, noise, info):
+def generate(network, empty, text, noise, info):
     """Latents from noise (B, C, H, W), by Euler steps along the velocity.
 
-    text (1 + B, T, D) is of the empty caption and of B prompts. The velocity is guided away from
-    that of the empty caption (arXiv 2207.12598); a scale of 1 is no guidance. info has `shift`,
+    The velocity goes from that of the empty caption (1, T, D) to that of the prompts, which text
+    (B, T, D) has, and beyond (arXiv 2207.12598); a scale of 1 is no guidance. info has `shift`,
     `predict` and `mask`, as the model was trained, `steps` and `guidance`.
     """
     # diffusers' FlowMatchEulerDiscreteScheduler shifts the last time twice. So do we, so that
@@ -35,20 +35,14 @@ def generate(network, text, noise, info):
     lowest = shift_time(torch.tensor(0.001), info["shift"]).item()
     times = shift_time(torch.linspace(1, lowest, info["steps"]), info["shift"])
     times = torch.cat((times, torch.zeros(1))).to(noise.device)
-    empty, text = text[:1].expand(len(noise), -1, -1), text[1:]
-    is_guided = info["guidance"] != 1
-    if is_guided:  # each picture twice in a batch: with the empty caption, and with its prompt
-        text = torch.cat((empty, text))
+    text = torch.cat((empty.expand(len(noise), -1, -1), text))
     mask = text_mask(text, info)
     x = noise
     for t, next_t in itertools.pairwise(times):
-        x_in = torch.cat((x, x)) if is_guided else x
-        t_in = t.expand(len(x_in))
+        x_in, t_in = torch.cat((x, x)), t.expand(2 * len(x))  # without and with prompts in a batch
         v = velocity(network(x_in, t_in, text, mask).float(), x_in, t_in, info["predict"])
-        if is_guided:
-            v_empty, v = v.chunk(2)
-            v = v_empty + info["guidance"] * (v - v_empty)
-        x = x + (next_t - t) * v
+        v_empty, v = v.chunk(2)
+        x = x + (next_t - t) * (v_empty + info["guidance"] * (v - v_empty))
     return x
 
 
@@ -65,9 +59,8 @@ def load_run(source):
     if (folder / "ema").is_dir():
         folder = folder / "ema"
     info = model.read_json(folder / "nanoprx.json")
-    missing = {"codec", "text", "predict", "shift", "mask", "latent_shape", "tokens"} - info.keys()
-    if missing:
-        raise UserError(f"{folder}/nanoprx.json is of another version: it has no {min(missing)}")
+    if not {"codec", "predict", "mask", "steps", "tokens"} <= info.keys():
+        raise UserError(f"{folder}/nanoprx.json is of another version or program; train anew")
     return PRX.from_pretrained(folder), info
 
 
@@ -93,12 +86,13 @@ def draw(network, info, compute, embeddings, seeds):
 
     Each begins with noise of its own seed, so that it is the same whatever else is drawn, unless a
     prompt is longer than every caption in the training was. info is what a run keeps in
-    nanoprx.json: `codec` and `text` by name, `latent_shape`, `mean` and `std` of latents by channel,
-    how the model was trained (`predict`, `shift`, `mask`, `tokens` to which captions were filled
-    up), how to draw (`steps`, `guidance`), and `examples`, which are prompts.
+    nanoprx.json: `codec` and `text` by name, `latent_shape`, `mean` and `std` of latents, how the
+    model was trained (`predict`, `shift`, `mask`, `tokens` to which captions were filled up), how
+    to draw (`steps`, `guidance`), and `examples`, which are prompts.
     """
     codec, device = model.load_codec(info["codec"], compute), compute.device
-    mean, std = torch.tensor([info["mean"], info["std"]], device=device)[:, :, None, None]
+    network = network.to(device).eval()
+    mean, std = torch.tensor([info["mean"], info["std"]], device=device)[..., None, None]
     text = model.pad(embeddings, max(info["tokens"], *map(len, embeddings))).to(device)
     empty, prompts = text[:1], text[1:]
     pictures, at_once = [], pictures_at_once(info["latent_shape"])
@@ -107,11 +101,10 @@ def draw(network, info, compute, embeddings, seeds):
         dice = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
         noise = torch.stack([torch.randn(info["latent_shape"], generator=each) for each in dice])
         with compute.autocast():
-            both = torch.cat((empty, prompts[part]))
-            latents = generate(network, both, noise.to(device), info)
+            latents = generate(network, empty, prompts[part], noise.to(device), info)
             images = codec.decode(latents * std + mean)
         if not images.isfinite().all():
-            raise UserError("the model drew infinite values; try --dtype fp32")
+            raise UserError("the model drew infinite values; train it anew with lower --lr")
         images = ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte()
         pictures.append(images.permute(0, 2, 3, 1).cpu().numpy())
     return np.concatenate(pictures)
@@ -179,9 +172,9 @@ def check(picture, scene):
     # All that was told of a thing has to be true of one thing: for a red circle and a blue ring, a
     # blue circle and a red ring are wrong, though all colours and shapes are there.
     told = [{*thing[:3]} - {None} for thing in scene.things]
-    is_bound = False
-    for order in itertools.permutations({*thing[:3]} for thing in found.things):
-        is_bound |= all(words <= shown for words, shown in zip(told, order, strict=False))
+    shown = [{*thing[:3]} for thing in found.things]
+    orders = [zip(told, shown, strict=False), zip(told, reversed(shown), strict=False)]
+    is_bound = any(all(words <= others for words, others in order) for order in orders)
     # Nothing else may be in the picture: at most 1% of its pixels are off by 110 of RGB from a
     # clean drawing of what was found.
     error = np.linalg.norm(picture - prepare.render(found, len(picture)).astype(float), axis=-1)
@@ -220,21 +213,20 @@ class Settings:
 
     prompts: str = flag((), "what to draw; none: some captions of the run", nargs="*")
     run: str = flag("out/scenes", "a run, its ema/, or a copy of that on the Hub")
-    out: str = flag("sample.png", "one picture (.png, .jpg) of all, or a folder for files")
+    out: str = flag("sample.png", "one picture (.png) of all, or a folder for one file each")
     n: int = flag(1, "pictures for each prompt", 1)
     steps: int = flag(None, "Euler steps; none: as the run says, 20", 1)
     guidance: float = flag(None, "guidance scale, 1 is none; none: as the run says, 2")
     seed: int = flag(0, "of the first picture of each prompt; the next has seed + 1")
     score: bool = flag(False, "report the prompt accuracy on held-out scenes instead")
     device: str = flag("auto", "the best there is", choices=("auto", "cpu", "cuda", "mps"))
-    dtype: str = flag("auto", "of matrix products", choices=("auto", "bf16", "fp32"))
 
 
 def sample(settings):
     """Draw prompts with a trained model, or score it. Raises UserError where the run is none."""
-    compute = model.pick_device(settings.device, settings.dtype)
-    if compute.device.type == "cpu" and settings.dtype == "auto":
-        compute = model.pick_device("cpu", "fp32")  # draws the same on each CPU, and nearly as fast
+    compute = model.pick_device(settings.device)
+    if compute.device.type == "cpu":
+        compute.dtype = torch.float32  # draws the same on each CPU, and nearly as fast
     network, info = load_run(settings.run)
     for name in ("steps", "guidance"):
         if getattr(settings, name) is not None:
@@ -242,29 +234,20 @@ def sample(settings):
     if settings.score:
         if info["source"] != "":
             raise UserError(f"{settings.run} was not trained on scenes, which --score is for")
-        network.to(compute.device).eval()
         for name, share in score(network, info, compute, 512).items():
             print(f"{name:12}{share:7.1%}")
         return
-    if "vocabulary" in info:
-        words = {word for text in settings.prompts for word in model.Words().tokenize(text)}
-        for word in sorted(words - {*info["vocabulary"]}):
-            print(f"no caption in the training had the word: {word}")
     prompts = [text for text in settings.prompts or info["examples"] for _ in range(settings.n)]
     seeds = [settings.seed + number % settings.n for number in range(len(prompts))]
-    embeddings = encode_prompts(prompts, info, compute)  # before the model takes memory
-    network.to(compute.device).eval()
+    embeddings = encode_prompts(prompts, info, compute)
     pictures = draw(network, info, compute, embeddings, seeds)
-    out = Path(settings.out)
-    if out.suffix.lower() in (".png", ".jpg", ".jpeg"):
-        columns = settings.n if 1 < settings.n < 9 else min(len(prompts), 6)
-        files = {out: grid(pictures, prompts, columns)}
-    else:
-        paths = [out / f"{number:04d}.png" for number in range(len(pictures))]
-        files = dict(zip(paths, map(Image.fromarray, pictures), strict=True))
+    out, columns = Path(settings.out), min(settings.n if settings.n > 1 else 6, len(prompts), 8)
+    files = {out / f"{number:04d}.png": each for number, each in enumerate(pictures)}
+    if out.suffix == ".png":
+        files = {out: np.asarray(grid(pictures, prompts, columns))}
     for path, picture in files.items():
         with whole_file(path) as file:
-            picture.save(file, "png" if path.suffix.lower() == ".png" else "jpeg")
+            Image.fromarray(picture).save(file, "png")
     print(f"{settings.out}: {len(pictures)} drawn")
 
 

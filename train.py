@@ -8,14 +8,10 @@ The same command again goes on where the run stopped. The folder of a run, out/s
 """
 
 import collections
-import contextlib
 import copy
 import dataclasses
-import hashlib
-import json
 import math
 import os
-import pickle
 import shutil
 import signal
 import threading
@@ -31,7 +27,7 @@ from tqdm import tqdm
 
 import model
 import prepare
-from model import PRX, PRXConfig, UserError, pad, pick_device, velocity, whole_file, writing
+from model import PRX, PRXConfig, UserError, pad, pick_device, velocity, whole_file
 from prepare import flag
 from sample import draw, encode_prompts, grid, load_run, pictures_at_once, score, text_mask
 
@@ -47,7 +43,6 @@ class Settings:
     batch_size: int = flag(128, "pictures in a step, over all processes (PRX: 256)", 1)
     micro_batch: int = flag(0, "pictures a process takes at once, to save memory; 0: all")
     held_out: float = flag(0.02, "share of the cache for validation, at most 1,024", 0, 0.5)
-    prompts: str = flag("", "file with the prompts of sample grids; '': held-out captions")
     seed: int = flag(0, "of the weights, the order, the noise and the timesteps", 0, 2**32 - 1)
     save_every: int = flag(500, "steps from checkpoint to checkpoint", 1)
     sample_every: int = flag(200, "steps from sample grid to sample grid", 1)
@@ -60,22 +55,15 @@ class Settings:
     t_floor: float = flag(0.3, "smallest t that the loss divides by (JiT, PRX: 0.05)", 0.001, 1)
     shift: float = flag(2.0, "timestep shift, in sampling too (PRX: 3 at 1024 px)", 0.01)
     repa: float = flag(0.0, "weight of REPA, with extras/teacher.py (PRX: 0.5, FID 14.64)")
-    repa_until: float = flag(1.0, "share of the run after which REPA ends (PRX: early)", 0, 1)
     route: float = flag(0.0, "share of tokens that skip blocks (TREAD; PRX: 0.5)", 0, 0.95)
-    caption_dropout: float = flag(
-        0.1, "share of captions left empty, for guidance (PRX: 0.1)", 0, 1
-    )
-    optimizer: str = flag(
-        "muon", "of the blocks (PRX: FID 15.55, 18.20)", choices=("muon", "adamw")
-    )
+    caption_dropout: float = flag(0.1, "share of captions left empty (PRX: 0.1)", 0, 1)
+    optimizer: str = flag("muon", "FID of PRX: 15.55, 18.20", choices=("muon", "adamw"))
     muon_lr: float = flag(5e-3, "learning rate of Muon (PRX: 1e-4)")
     lr: float = flag(3e-3, "learning rate of AdamW (PRX: 1e-4)")
     warmup: int = flag(30, "steps of linear warm-up (PRX: 1,000)")
     cooldown: float = flag(0.3, "last share of the steps, with a linear cool-down (PRX: 0)", 0, 1)
     clip: float = flag(1.0, "norm to which gradients are clipped (PRX: 0.2)", 1e-6)
-    ema: float = flag(
-        0.98, "decay of the averaged weights a step (PRX: 0.999 every 10)", 0, 0.99999
-    )
+    ema: float = flag(0.98, "decay of the average a step (PRX: 0.999 every 10)", 0, 0.99999)
     device: str = flag("auto", "the best there is", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str = flag("auto", "of matrix products", choices=("auto", "bf16", "fp32"))
     compile: bool = flag(False, "torch.compile the blocks, which pays in long runs on a GPU")
@@ -100,15 +88,16 @@ class Cache:
         if with_teacher and "teacher_shape" not in meta:
             raise UserError(f"{folder} has no features for --repa; extras/teacher.py makes them")
         try:
-            count, shape = meta["count"], meta["latent_shape"]
-            self.latents = self.map("latents.bin", meta["latent_dtype"], count, *shape)
+            count = meta["count"]
             self.lengths = self.map("lengths.bin", np.int32, count)
             self.ends = self.lengths.cumsum(dtype=np.int64)  # of each caption's rows in text
             self.text = self.map("text.bin", np.float16, self.ends[-1], meta["text_dim"])
             self.digests = self.map("digest.bin", np.uint32, count)
-            self.features = None
+            latents = self.map("latents.bin", meta["latent_dtype"], count, *meta["latent_shape"])
+            self.arrays = [latents]
             if with_teacher:
-                self.features = self.map("teacher.bin", np.float16, count, *meta["teacher_shape"])
+                shape = meta["teacher_shape"]
+                self.arrays.append(self.map("teacher.bin", np.float16, count, *shape))
         except (KeyError, OSError, ValueError) as error:
             raise UserError(f"{folder} is no whole cache, prepare it anew: {error!r}") from error
 
@@ -135,9 +124,8 @@ class Cache:
         for place, index in enumerate(indices):
             stop, length = self.ends[index], self.lengths[index]
             text[place, :length] = self.text[stop - length : stop]
-        arrays = [np.stack([self.latents[index] for index in indices]), text]
-        if self.features is not None:
-            arrays.append(np.stack([self.features[index] for index in indices]))
+        stacked = [np.stack([array[index] for index in indices]) for array in self.arrays]
+        arrays = [stacked[0], text, *stacked[1:]]
         if not all(np.isfinite(array).all() for array in arrays):
             raise UserError(f"{self.folder} holds values that are not finite; prepare it anew")
         return [torch.from_numpy(array) for array in arrays]
@@ -158,42 +146,40 @@ def index_batches(indices, settings, first_step, rank, world_size):
 
 
 # ------------------------------------------------------------------------ the model and optimizers
-def make_model(settings, meta):
-    """The network for a cache's latents. Raises UserError where sizes do not fit."""
+def make_model(settings, meta, first):
+    """A network for the latents of a cache, and the info to draw with it. With --init they are
+    those of the run `first`: its weights depend on how they were trained (prediction, shift, mask)
+    and on the mean and std of latents, so these are kept. Raises UserError where sizes do not fit.
+    """
+    repa_dim = meta["teacher_shape"][0] if settings.repa else None
+    if settings.init:
+        start, info = load_run(first)
+        for name in ("codec", "text"):
+            if meta[name] != info[name]:
+                raise UserError(f"{first} takes --{name} {info[name]}: prepare {settings.data} so")
+        network = PRX(start.config, repa_dim)
+        network.load_state_dict(start.state_dict(), strict=False)  # a projector is not saved
+        kept = ("predict", "shift", "mask", "mean", "std", "steps", "guidance")
+        return network, meta | {name: info[name] for name in kept}
     side, is_pixels = meta["latent_shape"][1], meta["codec"] == "pixels"
-    patch = settings.patch_size or (max(8, side // 16) if is_pixels else 2)
     width = settings.width or (128 if is_pixels else 384)
-    depth = settings.depth or (3 if is_pixels else 8)
     heads = max(4, width // 64)
     if width % (4 * heads):  # a head is halved for rows and columns, and rope turns pairs
         raise UserError(f"--width {width} is no multiple of {4 * heads}, 4 for each head")
     config = PRXConfig(
         in_channels=meta["latent_shape"][0],
-        patch_size=patch,
+        patch_size=settings.patch_size or (max(8, side // 16) if is_pixels else 2),
         context_in_dim=meta["text_dim"],
         hidden_size=width,
         mlp_ratio=settings.mlp_ratio,
         num_heads=heads,
-        depth=depth,
+        depth=settings.depth or (3 if is_pixels else 8),
         axes_dim=(width // heads // 2, width // heads // 2),
         theta=100,  # 2403.13298, for few tokens; PRX: 10000
         bottleneck_size=(settings.bottleneck or None) if is_pixels else None,
     )
-    return PRX(config, meta["teacher_shape"][0] if settings.repa else None)
-
-
-def start_from(source, settings, meta):
-    """The network of the run `source`, and the info to draw with it. Its weights depend on how they
-    were trained (prediction, shift, mask) and on the mean and std of latents, so these are kept.
-    Raises UserError where the cache does not fit."""
-    first, info = load_run(source)
-    for name in ("codec", "text"):
-        if meta[name] != info[name]:
-            raise UserError(f"{source} takes --{name} {info[name]}: prepare {settings.data} so")
-    network = PRX(first.config, meta["teacher_shape"][0] if settings.repa else None)
-    network.load_state_dict(first.state_dict(), strict=False)  # a projector is not saved
-    kept = ("predict", "shift", "mask", "mean", "std", "steps", "guidance")
-    return network, meta | {name: info[name] for name in kept}
+    how = {"predict": settings.predict, "shift": settings.shift, "mask": False}
+    return PRX(config, repa_dim), meta | how | {"steps": 20, "guidance": 2.0}
 
 
 class Muon(torch.optim.Optimizer):
@@ -239,16 +225,18 @@ def newton_schulz(x):
 
 
 def make_optimizers(network, settings, compute):
-    """AdamW, and Muon for the matrices that a block's tokens go through (PRX: modulation, too)."""
+    """AdamW, and Muon for the matrices that a block's tokens go through (PRX: modulation, too): a
+    dict by the settings that are their learning rates."""
     rest, matrices = [], []
     for name, p in network.named_parameters():
         is_matrix = name.startswith("blocks.") and p.ndim == 2 and "modulation" not in name
         group = matrices if is_matrix and settings.optimizer == "muon" else rest
         group.append(p)
     adamw = torch.optim.AdamW(rest, settings.lr, (0.9, 0.95), weight_decay=0, fused=True)
+    if not matrices:
+        return {"lr": adamw}
     dtype = torch.bfloat16 if compute.dtype == torch.bfloat16 else torch.float32
-    muon = [Muon(matrices, settings.muon_lr, 0.9, dtype)] if matrices else []  # PRX: 0.95
-    return [adamw, *muon]
+    return {"lr": adamw, "muon_lr": Muon(matrices, settings.muon_lr, 0.9, dtype)}  # PRX: 0.95
 
 
 # --------------------------------------------------------------------------------- a training step
@@ -256,8 +244,7 @@ def normalize(latents, info):
     """Latents (B, C, H, W) as stored, uint8 or float16, to float32, mean 0 and std 1 a channel."""
     if latents.dtype == torch.uint8:
         latents = latents / 127.5 - 1
-    statistics = torch.tensor([info["mean"], info["std"]], device=latents.device)
-    mean, std = statistics[:, :, None, None]  # (C, 1, 1) each
+    mean, std = torch.tensor([info["mean"], info["std"]], device=latents.device)[..., None, None]
     return (latents.float() - mean) / std
 
 
@@ -322,23 +309,22 @@ def train_step(run, batch):
     the norm of the gradients before clipping."""
     settings, count = run.settings, len(batch["x"])
     micro = settings.micro_batch or count
-    repa_weight = settings.repa if run.step < settings.repa_until * settings.steps else 0.0
     losses = torch.zeros(2, device=batch["x"].device)
     for first in range(0, count, micro):
         part = {name: each[first : first + micro] for name, each in batch.items()}
         share = len(part["x"]) / count
         with run.compute.autocast():
             mse, repa = compute_loss(run.model, part, run.info, settings.t_floor)
-        ((mse + repa_weight * repa) * share).backward()
+        ((mse + settings.repa * repa) * share).backward()
         losses += torch.stack((mse, repa)).detach() * share
     if run.world_size > 1:
         for p in run.model.parameters():  # the mean over processes, of equal shares of the batch
             dist.all_reduce(p.grad)
             p.grad /= run.world_size
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), settings.clip)
-    factor = learning_rate_factor(run.step, settings)
-    for optimizer, rate in zip(run.optimizers, (settings.lr, settings.muon_lr), strict=False):
-        optimizer.param_groups[0]["lr"] = rate * factor
+    for name, optimizer in run.optimizers.items():
+        rate = getattr(settings, name) * learning_rate_factor(run.step, settings)
+        optimizer.param_groups[0]["lr"] = rate
         optimizer.step()
         optimizer.zero_grad()
     with torch.no_grad():
@@ -350,8 +336,8 @@ def train_step(run, batch):
 
 @torch.no_grad()
 def validate(run):
-    """The loss of held-out examples by the averaged weights. Noise and timesteps are fixed: only
-    the weights make a difference."""
+    """The loss of held-out examples by the averaged weights, 0 if there are none. Noise and
+    timesteps are fixed: only the weights make a difference."""
     losses, at_once = [], pictures_at_once(run.info["latent_shape"])
     for first in range(0, len(run.held_out), at_once):
         examples = run.cache.load(run.held_out[first : first + at_once])
@@ -363,7 +349,7 @@ def validate(run):
         with run.compute.autocast():
             mse, _ = compute_loss(run.ema, batch, run.info, run.settings.t_floor)
         losses += [mse.item()] * len(text)
-    return np.mean(losses).item()
+    return sum(losses) / max(1, len(losses))
 
 
 # ---------------------------------------------------------------------------------------- the run
@@ -373,47 +359,42 @@ class Run:
     def __init__(self, settings, compute, rank=0, world_size=1):
         self.settings, self.compute = settings, compute
         self.rank, self.world_size, self.folder = rank, world_size, Path(settings.out)
-        self.step, self.seconds = 0, 0.0  # made and taken so far, before a resume, too
+        self.step, self.rows = 0, []  # rows of log.csv, dicts by column
         self.cache = Cache(settings.data, with_teacher=settings.repa > 0)
         self.trained, self.held_out = self.cache.split(settings.held_out)
-        meta, is_resumed = self.cache.meta, (self.folder / "ckpt.pt").exists()
+        is_resumed, meta = (self.folder / "ckpt.pt").exists(), self.cache.meta
         torch.manual_seed(settings.seed)
-        if settings.init:
-            first = self.folder if is_resumed else settings.init
-            self.model, self.info = start_from(first, settings, meta)
-        else:
-            self.model = make_model(settings, meta)
-            how = {"predict": settings.predict, "shift": settings.shift, "mask": False}
-            self.info = meta | how | {"steps": 20, "guidance": 2.0}  # see sample.draw
+        first = self.folder if is_resumed else settings.init
+        self.model, self.info = make_model(settings, meta, first)
         self.model.to(compute.device)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.optimizers = make_optimizers(self.model, settings, compute)
-        self.parts = {"model": self.model, "ema": self.ema}
-        self.parts |= {f"optimizer {number}": each for number, each in enumerate(self.optimizers)}
+        self.parts = {"model": self.model, "ema": self.ema} | self.optimizers
         if is_resumed:
             self.load()
         if settings.compile:
             for block in self.model.blocks:  # all alike, so that the first is compiled for all
                 block.compile()
-        self.info["examples"] = read_prompts(self)
+        captions = prepare.read_captions(self.cache.folder)
+        examples = [captions[index] for index in self.held_out[:100]] + captions[:100]
+        self.info["examples"] = list(dict.fromkeys(examples))[:12]  # no caption twice
         self.embeddings = encode_prompts(self.info["examples"], self.info, compute)
         # That of the empty caption comes first. It is padded like the captions of the cache.
         self.empty_caption = pad(self.embeddings[:1], meta["tokens"]).to(compute.device)
 
     def fixed(self):
         """What must not change when a run goes on. Steps, learning rates and the like may."""
-        meta = self.cache.meta.items()
-        data = sorted((name, value) for name, value in meta if not name.startswith("teacher"))
-        digest = hashlib.md5(json.dumps(data).encode()).hexdigest()
         names = ("init", "seed", "batch_size", "held_out", "optimizer", "repa", "route")
         how = {name: getattr(self.settings, name) for name in names}
+        names = ("codec", "text", "count", "bytes", "mean")  # by which data are known
+        how |= {name: self.cache.meta[name] for name in names}
         how |= {name: self.info[name] for name in ("predict", "shift", "mask")}
-        return {"data": f"of digest {digest[:8]}"} | how | dataclasses.asdict(self.model.config)
+        return how | dataclasses.asdict(self.model.config)
 
     def save(self):
         """Write the checkpoint, and the average with all it takes to draw. Raises UserError."""
         state = {name: part.state_dict() for name, part in self.parts.items()}
-        state |= {"step": self.step, "seconds": self.seconds, "fixed": self.fixed()}
+        state |= {"step": self.step, "rows": self.rows, "fixed": self.fixed()}
         self.ema.save_pretrained(self.folder / "ema")
         model.write_json(self.folder / "ema" / "nanoprx.json", self.info)
         with whole_file(self.folder / "ckpt.pt") as file:
@@ -422,91 +403,57 @@ class Run:
     def load(self):
         """Go on from the checkpoint. Raises UserError if it is of another run, or broken."""
         path = self.folder / "ckpt.pt"
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            saved = state["fixed"]
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError) as error:
-            raise UserError(f"{path} is none of train.py's; use a new --out: {error!r}") from error
-        prepare.refuse_differences(self.folder, saved, self.fixed())
-        self.step, self.seconds = state["step"], state["seconds"]
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not {"fixed", "rows", *self.parts} <= state.keys():
+            raise UserError(f"{path} is of another version or program; use a new --out")
+        prepare.refuse_differences(self.folder, state["fixed"], self.fixed())
+        self.step, self.rows = state["step"], state["rows"]
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
 
     def measure(self, results, seconds):
-        """A row of log.csv, a dict: means over steps and processes of `train_step`'s results, the
-        learning rates, and the speed of these steps, which took so many seconds. Raises UserError
-        if a mean is infinite or nan."""
+        """Add a row to the log: means over steps and processes of `train_step`'s results, learning
+        rates, and the speed of these steps, which took so many seconds. Raises UserError if a mean
+        is infinite or nan."""
         means = torch.stack(results).mean(0)
         if self.world_size > 1:
             dist.all_reduce(means)
         means = (means / self.world_size).tolist()
         if not all(map(math.isfinite, means)):
             raise UserError(f"the loss is infinite at step {self.step}; begin anew, lower --lr")
-        rates = [optimizer.param_groups[0]["lr"] for optimizer in self.optimizers]
-        speed = len(results) * self.settings.batch_size / seconds
-        values = (self.step, self.seconds, speed, *means, rates[0], rates[-1])
-        return dict(zip(COLUMNS, values, strict=False))
+        row = {"step": self.step, "loss": means[0], "repa_loss": means[1], "grad_norm": means[2]}
+        for name, optimizer in self.optimizers.items():
+            row[name] = optimizer.param_groups[0]["lr"]
+        row["pictures_per_second"] = len(results) * self.settings.batch_size / seconds
+        self.rows.append(row | {"held_out_loss": math.nan})
 
 
-def read_prompts(run):
-    """The prompts of sample grids, twelve at most: those of --prompts, a line each, or held-out
-    captions, and if they are few, the first ones."""
-    if run.settings.prompts:
-        lines = Path(run.settings.prompts).read_text("utf-8").splitlines()
-    else:
-        captions = prepare.read_captions(run.cache.folder)
-        lines = [captions[index] for index in run.held_out[:100]] + captions[:100]
-    return list(dict.fromkeys(line.strip() for line in lines if line.strip()))[:12]
-
-
-# Of log.csv.
-COLUMNS = ("step", "seconds", "pictures_per_second", "loss", "repa_loss", "grad_norm", "lr")
-COLUMNS += ("muon_lr", "held_out_loss")
-
-
-def trim(folder, last):
-    """Begin log.csv, or take out of it what is no row, and the rows behind a step, as these steps
-    come again; their grids, too. Raises UserError if the folder cannot be written to."""
-    path, rows = folder / "log.csv", []
-    if path.exists():
-        for line in path.read_text(errors="replace").splitlines():
-            step, *values = line.split(",")
-            if step.isdecimal() and int(step) <= last and len(values) == len(COLUMNS) - 1:
-                rows.append(line)
-    with whole_file(path) as file:
-        file.write("\n".join([",".join(COLUMNS), *rows, ""]).encode())
-    for path in (folder / "samples").glob("step_*.png"):
-        if int(path.stem.removeprefix("step_")) > last:
-            path.unlink()
-
-
-def append_row(path, row):
-    """Append a row, a dict by COLUMNS, to log.csv. Raises UserError."""
-    rounded = [f"{row[name]:.6g}" if name in row else "" for name in COLUMNS]
-    with writing(path), open(path, "a") as file:
-        file.write(",".join(rounded) + "\n")
+def write_log(run):
+    """Write log.csv anew, so that it has no row behind the checkpoint that a run went on from."""
+    lines = [",".join(row) for row in run.rows[:1]]  # the names of columns
+    lines += [",".join(f"{value:.8g}" for value in row.values()) for row in run.rows]
+    with whole_file(run.folder / "log.csv") as file:
+        file.write("\n".join([*lines, ""]).encode())
 
 
 def save_grid(run):
     """Draw the prompts of the run into samples/."""
     prompts = run.info["examples"]
     pictures = draw(run.ema, run.info, run.compute, run.embeddings, range(len(prompts)))
-    sheet = grid(pictures, prompts, 6)
     with whole_file(run.folder / "samples" / f"step_{run.step:06d}.png") as file:
-        sheet.save(file, "png")
+        grid(pictures, prompts, 6).save(file, "png")
 
 
-def save_film(folder):
-    """Make learning.gif of the grids in samples/, at most 50, the last among them."""
-    paths = sorted((folder / "samples").glob("step_*.png"))
-    chosen = np.linspace(0, len(paths) - 1, min(50, len(paths))).round().astype(int)
+def save_film(run):
+    """Make learning.gif of the run's grids in samples/."""
+    paths = [run.folder / "samples" / f"step_{row['step']:06d}.png" for row in run.rows]
     # A GIF has 256 colours. This method keeps those of small things true, too.
-    sheets = [Image.open(paths[n]).quantize(method=Image.Quantize.FASTOCTREE) for n in chosen]
-    sheets = [sheet for sheet in sheets if sheet.size == sheets[-1].size]  # of the same prompts
+    how = {"method": Image.Quantize.FASTOCTREE}
+    sheets = [Image.open(path).quantize(**how) for path in paths if path.exists()]
     if sheets:  # unless the user has deleted them
         durations = [400] * (len(sheets) - 1) + [2000]  # in milliseconds
         how = {"save_all": True, "append_images": sheets[1:], "duration": durations, "loop": 0}
-        with whole_file(folder / "learning.gif") as file:
+        with whole_file(run.folder / "learning.gif") as file:
             sheets[0].save(file, "gif", **how)
 
 
@@ -532,26 +479,22 @@ def train(settings):
     Raises UserError where data are missing, the folder holds another run, or the loss is infinite.
     """
     compute = pick_device(settings.device, settings.dtype)
-    compiler = "cc" if compute.device.type == "cuda" else "c++"
-    if (
-        settings.compile
-        and shutil.which(os.getenv(compiler.upper().replace("+", "X"), compiler)) is None
-    ):
-        raise UserError(f"--compile needs a compiler of C, and none is found as {compiler}")
+    compiler = "gcc" if compute.device.type == "cuda" else "g++"
+    if settings.compile and not (shutil.which(compiler) or shutil.which("clang")):
+        raise UserError(f"--compile needs a compiler; install {compiler}")
     rank, world_size = join_processes(settings, compute.device)
     run = Run(settings, compute, rank, world_size)
     if rank == 0:
-        trim(run.folder, run.step)
+        write_log(run)
         parameters = sum(weight.numel() for weight in run.model.parameters())
-        print(f"{world_size} x {compute.device.type}, {compute.dtype}; {parameters:,} parameters")
-        print(f"{len(run.trained):,} pictures, and {len(run.held_out):,} held out")
-        print(f"{settings.out} is at step {run.step:,} of {settings.steps:,}")
+        print(f"{parameters:,} parameters on {world_size} x {compute.device.type}, {compute.dtype}")
+        print(f"{len(run.trained):,} pictures, {len(run.held_out):,} held out; step {run.step:,}")
     was_stopped = train_loop(run)
     if rank == 0 and was_stopped:
         print(f"stopped at step {run.step} and saved; the same command goes on")
     elif rank == 0:
-        save_film(run.folder)
-        print(f"{settings.out} took {run.seconds / 60:.1f} minutes")
+        save_film(run)
+        print(f"{settings.out} is trained; draw with: python sample.py --run {settings.out} PROMPT")
         if run.info["source"] == "":
             accuracies = score(run.ema, run.info, compute, 128).items()
             print("prompt accuracy:", *(f"{name} {share:.1%}" for name, share in accuracies))
@@ -560,14 +503,10 @@ def train(settings):
         dist.destroy_process_group()
 
 
-SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")  # Ctrl-C, torchrun's, a closed terminal
-
-
 def handle_signals(handler):
-    """Let a function handle being told to stop."""
-    for name in SIGNALS:
-        if hasattr(signal, name):  # Windows has no SIGHUP
-            signal.signal(getattr(signal, name), handler)
+    """Let a function handle Ctrl-C, torchrun's signal, and that of a terminal that is closed."""
+    for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        signal.signal(number, handler)  # Windows has no SIGHUP
 
 
 def train_loop(run):
@@ -579,9 +518,8 @@ def train_loop(run):
     indices = index_batches(run.trained, settings, run.step, run.rank, run.world_size)
     disable = None if is_first else True  # None: shown on a terminal only
     bar = tqdm(total=settings.steps, initial=run.step, disable=disable)
-    began = time.perf_counter() - run.seconds  # as if the run had never been stopped
-    results, results_began = [], time.perf_counter()  # of the steps since the last row of the log
-    for examples in prepare.load_ahead(indices, run.cache.load):
+    results, began = [], time.perf_counter()  # of the steps since the last row of the log
+    for examples in prepare.map_ahead(run.cache.load, indices, 1):
         batch = make_batch([example.to(device) for example in examples], run)
         results.append(train_step(run, batch))
         bar.update()
@@ -591,24 +529,22 @@ def train_loop(run):
         is_last = run.step == settings.steps
         samples = is_last or run.step % settings.sample_every == 0
         saves = is_last or stops > 0 or run.step % settings.save_every == 0
-        logs = samples or saves or run.step % 10 == 0  # reading the loss waits for the device
-        if not logs:
+        if not (samples or saves or run.step % 10 == 0):  # reading the loss waits for the device
             continue
-        run.seconds = time.perf_counter() - began
-        row = run.measure(results, time.perf_counter() - results_began)
+        run.measure(results, time.perf_counter() - began)
+        row = run.rows[-1]
+        bar.set_postfix(loss=row["loss"])
         if samples and is_first:
-            if len(run.held_out):
-                row["held_out_loss"] = validate(run)
+            row["held_out_loss"] = validate(run)
             save_grid(run)
             bar.write(", ".join(f"{name} {value:.4g}" for name, value in row.items()))
         if is_first:
-            append_row(run.folder / "log.csv", row)
+            write_log(run)
         if saves and is_first:
             run.save()
-        bar.set_postfix(loss=row["loss"])
         if stops > 0:
             return True
-        results, results_began = [], time.perf_counter()  # so that drawing and saving do not count
+        results, began = [], time.perf_counter()  # so that drawing and saving do not count
     handle_signals(signal.default_int_handler)
     return stop_asked.is_set()
 
