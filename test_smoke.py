@@ -1,11 +1,10 @@
-"""Every promise about the four scripts, tried: as functions, as processes, and, where diffusers and
-transformers are installed, against these."""
+"""Every promise about the four scripts, tried as functions and as processes. That they agree with
+diffusers and transformers is tried in extras/test_extras.py."""
 
 import contextlib
 import csv
 import dataclasses
 import io
-import json
 import math
 import os
 import random
@@ -24,6 +23,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageCms
+from torch._dynamo.testing import CompileCounter
 
 import model
 import prepare
@@ -48,53 +48,48 @@ def flags(settings):
     return [word for key, x in settings.items() for word in (f"--{key.replace('_', '-')}", str(x))]
 
 
-def start(script, *arguments, processes=1, limits=()):
-    """Start a script as a process of its own, with torchrun if there are several. limits are pairs
-    for resource.setrlimit."""
+def start(script, *arguments, processes=1):
+    """Start a script as a process of its own, with torchrun if there are several."""
     launch = [sys.executable]
     if processes > 1:
         launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-
-    def set_limits():
-        for kind, limit in limits:
-            resource.setrlimit(kind, (limit, limit))
-
-    return subprocess.Popen(
-        [*launch, HERE / script, *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        preexec_fn=set_limits,
-    )
+    how = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    command = [*launch, HERE / script, *map(str, arguments)]
+    return subprocess.Popen(command, **how, start_new_session=True)
 
 
-def run(script, *arguments, fails=False, **how):
-    """Run a script to its end; returns what it printed. If it fails, it does so in a sentence."""
-    process = start(script, *arguments, **how)
+def run(script, *arguments, processes=1):
+    """Run a script to its end; returns what it printed."""
+    process = start(script, *arguments, processes=processes)
     output = process.communicate(timeout=240)[0]
-    assert (process.returncode != 0) == fails, output
-    assert not fails or "Traceback" not in output, output
+    assert process.returncode == 0, output
     return output
 
 
 def call(script, *arguments):
     """Run a script in this process, which is faster. A failure in anything but a sentence is raised
     here; returns that sentence, or None."""
-    scripts = {
-        "prepare.py": (prepare.prepare, prepare.Settings),
-        "train.py": (train.train, train.Settings),
-        "sample.py": (sample.sample, sample.Settings),
-    }
+    main = {"prepare": prepare.prepare, "sample": sample.sample, "train": train.train}[script]
     said = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(said):
         patch.setattr(sys, "argv", [script, *map(str, arguments)])
         patch.setattr(signal, "signal", lambda number, handler: None)
         try:
-            prepare.run_script(*scripts[script], "")
+            prepare.run_script(main, sys.modules[script].Settings, "")
         except SystemExit as ended:
             assert ended.code not in (0, None)
             return f"{said.getvalue()}{ended.code}"
+
+
+@contextlib.contextmanager
+def limited(kind, limit):
+    """Within this context the process has a limit of the resource module."""
+    before = resource.getrlimit(kind)
+    resource.setrlimit(kind, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(kind, before)
 
 
 def wait_for(path, process, newer_than=0):
@@ -103,16 +98,9 @@ def wait_for(path, process, newer_than=0):
         time.sleep(0.01)
 
 
-def kill_all(process):
-    """SIGKILL for a process and all below it; torchrun's workers have sessions of their own."""
-    listing = subprocess.check_output(["ps", "-eo", "pid,ppid"], text=True).split()[2:]
-    parents = dict(zip(map(int, listing[::2]), map(int, listing[1::2]), strict=True))
-    for pid in parents:
-        ancestor = pid
-        while ancestor not in (0, process.pid):
-            ancestor = parents.get(ancestor, 0)
-        if ancestor == process.pid:
-            os.kill(pid, signal.SIGKILL)
+def kill_all(process, out):
+    """SIGKILL for a process and all others that write to its folder, such as torchrun's workers."""
+    subprocess.run(["pkill", "-KILL", "-f", str(out)])
     process.communicate()
 
 
@@ -127,13 +115,13 @@ def weights_of(folder):
     return model.PRX.from_pretrained(Path(folder) / "ema").state_dict()
 
 
-def random_prx(**sizes):
+def random_prx(std=0.05, **sizes):
     """A small PRX with random weights, also where training begins with zeros."""
     sizes = {"context_in_dim": 24, "hidden_size": 48, "num_heads": 2, "depth": 4} | sizes
     axes = {"axes_dim": (24 // sizes["num_heads"],) * 2}
     network = model.PRX(model.PRXConfig(**(axes | sizes)))
     for parameter in network.parameters():
-        torch.nn.init.normal_(parameter, std=0.05)
+        torch.nn.init.normal_(parameter, std=std)
     return network
 
 
@@ -161,43 +149,6 @@ def trained(scenes):
 
 
 # ------------------------------------------------------------------------------------ the network
-@pytest.mark.parametrize(
-    ("sizes", "shape", "length"),
-    [
-        ({"in_channels": 3, "patch_size": 8, "bottleneck_size": 16}, (32, 32), 5),
-        ({"in_channels": 4, "patch_size": 1, "num_heads": 3}, (5, 9), 1),
-        ({"in_channels": 16, "num_heads": 4, "axes_dim": (4, 8)}, (8, 12), 17),
-    ],
-)
-def test_prx_agrees_with_diffusers_and_weights_go_both_ways(sizes, shape, length):
-    diffusers = pytest.importorskip("diffusers")
-    ours = random_prx(**sizes)
-    ours.save_pretrained("ours")
-    theirs = diffusers.PRXTransformer2DModel.from_pretrained("ours", low_cpu_mem_usage=False)
-    theirs.save_pretrained("theirs")
-    back = model.PRX.from_pretrained("theirs")
-    for name, weight in ours.state_dict().items():
-        assert torch.equal(weight, back.state_dict()[name])
-    x, t = torch.randn(2, ours.config.in_channels, *shape), torch.rand(2)
-    text = torch.randn(2, length, 24)
-    for mask in (None, torch.arange(length) < torch.tensor([[1], [length]])):
-        expected = theirs(x, t, text, attention_mask=mask).sample
-        torch.testing.assert_close(back(x, t, text, mask), expected, rtol=1e-5, atol=1e-5)
-
-
-def test_the_default_config_is_the_official_prx():
-    with torch.device("meta"):
-        ours = model.PRX(model.PRXConfig())
-        theirs = pytest.importorskip("diffusers").PRXTransformer2DModel()
-    assert sum(parameter.numel() for parameter in ours.parameters()) == 1_170_691_648
-    assert ours.state_dict().keys() == theirs.state_dict().keys()
-
-
-def test_weights_are_readable_by_all_and_on_the_disk_before_they_get_their_name():
-    random_prx(in_channels=3).save_pretrained("ours")
-    assert os.stat(f"ours/{model.WEIGHTS}").st_mode & 0o777 == 0o666 & ~os.umask(0o022)
-
-
 def test_routed_tokens_skip_the_blocks_that_prx_routes():
     network = random_prx(in_channels=3, patch_size=8, depth=16)
     calls = []
@@ -216,41 +167,25 @@ def test_routed_tokens_skip_the_blocks_that_prx_routes():
 
 
 def test_blocks_compile_to_one_graph_and_one_for_routed_tokens():
-    torch._dynamo.reset()
-    network, graphs = random_prx(in_channels=3, depth=6), []
+    network, counter = random_prx(in_channels=3, depth=6), CompileCounter()
     inputs = torch.randn(2, 3, 32, 32), torch.rand(2), torch.randn(2, 5, 24)
     keep = torch.tensor([[14, 3, 8], [0, 1, 2]])
     expected, routed = network(*inputs), network(*inputs, keep=keep)
-
-    def compiler(graph, example_inputs):
-        graphs.append(graph)
-        return graph.forward
-
     for block in network.blocks:
-        block.compile(backend=compiler, fullgraph=True)
+        block.compile(backend=counter, fullgraph=True)
     torch.testing.assert_close(network(*inputs), expected)
-    assert len(graphs) == 1
+    assert counter.frame_count == 1
     torch.testing.assert_close(network(*inputs, keep=keep), routed)
-    assert len(graphs) == 2
+    assert counter.frame_count == 2
 
 
-@pytest.mark.parametrize("depth", [2, 3, 5, 8, 16])
-def test_repa_sees_the_tokens_that_stayed_at_any_depth(depth):
-    config = random_prx(in_channels=3, patch_size=8, depth=depth).config
-    keep = torch.tensor([[14, 3, 8]])
+def test_repa_sees_the_tokens_that_stayed_at_any_depth():
     inputs = torch.randn(1, 3, 32, 32), torch.rand(1), torch.randn(1, 5, 24)
-    output, features = model.PRX(config, repa_dim=7)(*inputs, keep=keep)
-    assert output.shape == (1, 3, 32, 32)
-    assert features.shape == (1, 3, 7)
-
-
-def test_velocity_is_noise_minus_picture():
-    x, noise, t = torch.randn(3, 1, 2, 2), torch.randn(3, 1, 2, 2), torch.tensor([0.06, 0.5, 1.0])
-    x_t = torch.lerp(x, noise, t[:, None, None, None])
-    torch.testing.assert_close(model.velocity(x, x_t, t, "x"), noise - x)
-    assert model.velocity(x, x_t, t, "v") is x
-    halved = model.velocity(x, x_t, t, "x", t_floor=0.12)[0]
-    torch.testing.assert_close(halved, (noise - x)[0] / 2)
+    for depth in range(2, 17):
+        config = random_prx(in_channels=3, patch_size=8, depth=depth).config
+        output, features = model.PRX(config, 7)(*inputs, keep=torch.tensor([[14, 3, 8]]))
+        assert output.shape == (1, 3, 32, 32)
+        assert features.shape == (1, 3, 7)
 
 
 def test_timesteps_are_partly_uniform_and_shifted():
@@ -281,99 +216,29 @@ def test_loss_is_the_formula_with_routing_and_repa_and_takes_the_flash_kernel():
     torch.testing.assert_close(repa, 1 - F.cosine_similarity(tokens, wanted, dim=2).mean())
 
 
-def test_muon_is_orthogonalized_momentum():
+def test_muon_is_momentum_with_nesterov_whose_singular_values_are_moved_near_one():
     matrices = [torch.nn.Parameter(torch.randn(shape)) for shape in ((6, 4), (4, 6), (6, 4))]
     expected = [matrix.detach().clone() for matrix in matrices]
-    averages = [torch.zeros_like(matrix) for matrix in matrices]
-    ours = train.Muon(matrices, 0.1, 0.9, torch.float32)
-    for _ in range(3):
-        for matrix, wanted, average in zip(matrices, expected, averages, strict=True):
+    averages, muon = [0, 0, 0], train.Muon(matrices, 0.1, 0.9, torch.float32)
+    for _ in range(2):
+        for number, matrix in enumerate(matrices):
             matrix.grad = torch.randn_like(matrix)
-            average.mul_(0.9).add_(matrix.grad, alpha=0.1)
-            x = 0.1 * matrix.grad + 0.9 * average
-            x = x / x.norm()
+            averages[number] = 0.9 * averages[number] + 0.1 * matrix.grad
+            ahead = 0.9 * averages[number] + 0.1 * matrix.grad
+            u, s, vh = torch.linalg.svd(ahead, full_matrices=False)
+            s = s / s.norm()
             for _ in range(5):
-                a = x @ x.mT if x.shape[0] <= x.shape[1] else x.mT @ x
-                b = -4.775 * a + 2.0315 * a @ a
-                x = 3.4445 * x + (b @ x if x.shape[0] <= x.shape[1] else x @ b)
-            wanted.sub_(x, alpha=0.1 * 0.2 * math.sqrt(6))
-        ours.step()
+                s = 3.4445 * s - 4.775 * s**3 + 2.0315 * s**5
+            expected[number] -= 0.1 * 0.2 * math.sqrt(6) * (u * s @ vh)
+        muon.step()
     for matrix, wanted in zip(matrices, expected, strict=True):
-        torch.testing.assert_close(matrix.detach(), wanted, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(matrix.detach(), wanted, rtol=1e-4, atol=1e-4)
 
 
 # ----------------------------------------------------------------------------- codecs and encoders
-@pytest.mark.parametrize("channels", [4, 16])
-def test_tiny_autoencoders_agree_with_diffusers(channels):
-    theirs = pytest.importorskip("diffusers").AutoencoderTiny(latent_channels=channels)
-    theirs.save_pretrained("tiny")
-    ours, images = model.load_codec("tiny", CPU), torch.randn(2, 3, 48, 64)
-    latents = theirs.encode(images).latents
-    torch.testing.assert_close(ours.encode(images), latents, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(ours.decode(99 * latents), theirs.decode(99 * latents).sample)
-
-
-needs_hub_files = pytest.mark.skipif("HF_HOME" not in os.environ, reason="needs files of the Hub")
-MINI = "sentence-transformers/all-MiniLM-L6-v2"
-
-
-@needs_hub_files
-def test_a_real_text_encoder_gives_unpadded_embeddings_cut_to_256_tokens():
-    transformers = pytest.importorskip("transformers")
-    ours = model.load_text_encoder(MINI, CPU)
-    captions = ["", "a red fox", " ".join(["a red fox on"] * 90)]
-    embeddings = ours.encode(captions)
-    assert [len(each) for each in embeddings] == [2, 5, 256]
-    assert ours.dim == embeddings[0].shape[1] == 384
-    assert len(ours.tokenize(captions[2])) > 256
-    tokenizer = transformers.AutoTokenizer.from_pretrained(MINI)
-    theirs = transformers.AutoModel.from_pretrained(MINI)(
-        **tokenizer("a red fox", return_tensors="pt")
-    )
-    torch.testing.assert_close(embeddings[1], theirs.last_hidden_state[0], rtol=1e-4, atol=1e-4)
-
-
-@needs_hub_files
-def test_a_t5_computes_in_float32_and_keeps_the_end_of_a_cut_caption():
-    transformers = pytest.importorskip("transformers")
-    files = model.fetch("google/flan-t5-base", "*.json")
-    sizes = {"d_model": 48, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 3}
-    config = transformers.T5Config.from_pretrained(files, **sizes)
-    theirs = transformers.T5EncoderModel(config).eval()
-    theirs.to(torch.float16).save_pretrained("t5")
-    shutil.copy(files / "tokenizer.json", "t5")
-    ours = model.load_text_encoder("t5", CPU)
-    with torch.autocast("cpu"):
-        empty, long = ours.encode(["", " ".join(["a red fox on"] * 90)])
-    ids = torch.tensor([[*ours.tokenize("a red fox on" * 90)[:255], 1]])
-    assert len(long) == 256
-    expected = theirs.float()(torch.tensor([[1]])).last_hidden_state[0]
-    torch.testing.assert_close(empty, expected, rtol=1e-4, atol=1e-4)
-    assert ids.shape == (1, 256)
-
-
-@needs_hub_files
-def test_latents_of_a_real_codec_and_a_real_text_encoder_train_and_draw():
-    pytest.importorskip("transformers")
-    how = {"size": 128, "codec": "taef2", "text": MINI, "limit": 9, "out": "cache"}
-    prepare.prepare(prepare.Settings(**how))
-    meta = model.read_json("cache/meta.json")
-    latents = np.fromfile("cache/latents.bin", np.float16).reshape(9, *meta["latent_shape"])
-    images = np.stack([np.asarray(prepare.draw_scene(number, 128)[1]) for number in range(9)])
-    decoded = model.load_codec("taef2", CPU).decode(torch.tensor(latents).float()).clamp(-1, 1)
-    error = decoded / 2 + 0.5 - torch.tensor(images).permute(0, 3, 1, 2) / 255
-    assert -10 * error.square().mean((1, 2, 3)).log10().mean() > 27  # dB
-    model.write_json("cache/meta.json", meta | {"source": "photos"})
-    how = {"data": "cache", "out": "run", "steps": 2, "batch_size": 4, "warmup": 1}
-    assert call("train.py", *flags(how | {"width": 32, "depth": 2})) is None
-    assert call("sample.py", "a red fox", *flags({"run": "run", "steps": 2})) is None
-    assert Image.open("sample.png").width > 128
-    assert "not trained on scenes" in call("sample.py", "--score", "--run", "run")
-
-
 def test_a_package_that_is_missing_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    assert "pip install transformers" in call("prepare.py", "--text", "google/flan-t5-base")
+    assert "pip install transformers" in call("prepare", "--text", "google/flan-t5-base")
 
 
 def test_words_know_order_and_scripts():
@@ -447,32 +312,21 @@ def test_held_out_is_the_scene_not_the_caption():
         assert prepare.split_of(sample.describe(picture)) == "train"
 
 
-def test_what_a_caption_leaves_open_is_as_people_expect():
-    backgrounds, rng = set(), np.random.default_rng(0)
-    for number in range(400):
-        text, picture = prepare.draw_scene(number, 32)
-        scene = sample.describe(np.asarray(picture))
-        assert scene.background not in {thing.colour for thing in scene.things}
-        if "background" not in text:
-            backgrounds.add(scene.background)
-    assert backgrounds == {"white", "black", "blue"}
-    ring, cross = (prepare.Thing("red", shape, None, 0, 0, 0) for shape in ("ring", "cross"))
-    scene = prepare.fill_in(prepare.Scene("white", [ring, cross]), rng)
-    assert [thing[1:3] for thing in scene.things] == [("ring", "left"), ("cross", "right")]
-    scene = prepare.fill_in(prepare.Scene("black", [ring._replace(colour=None)]), rng)
-    assert scene.things[0][:3] == ("white", "ring", "bottom")
-
-
-def test_captions_tell_a_scene_in_several_ways():
+def test_captions_tell_a_scene_in_several_ways_and_what_they_leave_open_is_as_people_expect():
     left = prepare.Thing("red", "circle", "left", 0.23, 0.5, 0.16)
     right = prepare.Thing("blue", "ring", "right", 0.77, 0.5, 0.16)
-    scene, rng = prepare.Scene("white", [left, right]), np.random.default_rng(0)
-    told = {prepare.caption(prepare.leave_open(scene, rng)) for _ in range(200)}
+    told, rng = set(), np.random.default_rng(0)
+    for things in ([left, right], [left]):
+        scene = prepare.Scene("white", things)
+        told |= {prepare.caption(prepare.leave_open(scene, rng)) for _ in range(400)}
     assert "a red circle left of a blue ring on a white background" in told
     assert {"a blue ring right of a red circle", "a red circle and a blue ring"} <= told
-    scene = prepare.Scene("white", [left])
-    alone = {prepare.caption(prepare.leave_open(scene, rng)) for _ in range(400)}
-    assert {"a red circle", "a circle at the left", "a circle on a white background"} <= alone
+    assert {"a red circle", "a circle at the left", "a circle on a white background"} <= told
+    open_things = [right._replace(place=None), left._replace(place=None)]
+    scene = prepare.fill_in(prepare.Scene(None, open_things), rng)
+    assert [thing[1:3] for thing in scene.things] == [("ring", "left"), ("circle", "right")]
+    scene = prepare.fill_in(prepare.Scene("black", [left._replace(colour=None, place=None)]), rng)
+    assert scene.things[0][:3] == ("white", "circle", "bottom")
 
 
 # -------------------------------------------------------------------------------- the command line
@@ -497,16 +351,16 @@ def test_settings_become_flags_whatever_the_fields(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("command", "sentence"),
     [
-        ("train.py --ema 1", "--ema 1.0 is not from 0 to 0.99999"),
-        ("train.py --lr nan", "--lr nan is not from 0 to inf"),
-        ("train.py --steps 20", "--warmup 30 is longer than the run of 20 steps"),
-        ("train.py --init x --predict v", "--init has a predict of its own"),
-        ("train.py --data nowhere", "nowhere/meta.json cannot be read"),
-        ("sample.py a --n 0", "--n 0 is not from 1"),
-        ("sample.py a --run x/y", "x/y is no folder"),
-        ("prepare.py nowhere", "nowhere has no picture to use"),
-        ("prepare.py --size 100", "--size 100 is no multiple of 16"),
-        ("prepare.py --codec x/y", "x/y is no folder"),
+        ("train --ema 1", "--ema 1.0 is not from 0 to 0.99999"),
+        ("train --lr nan", "--lr nan is not from 0 to inf"),
+        ("train --steps 20", "--warmup 30 is longer than the run of 20 steps"),
+        ("train --init x --predict v", "--init has a predict of its own"),
+        ("train --data nowhere", "nowhere/meta.json cannot be read"),
+        ("sample a --n 0", "--n 0 is not from 1"),
+        ("sample a --run x/y", "x/y is no folder"),
+        ("prepare nowhere", "nowhere has no picture to use"),
+        ("prepare --size 100", "--size 100 is no multiple of 16"),
+        ("prepare --codec x/y", "x/y is no folder"),
     ],
 )
 def test_a_mistake_gets_one_sentence_and_leaves_nothing(command, sentence):
@@ -515,17 +369,14 @@ def test_a_mistake_gets_one_sentence_and_leaves_nothing(command, sentence):
 
 
 def test_a_bug_of_a_fork_keeps_its_traceback(monkeypatch):
-    def buggy(settings):
-        settings.missspelt += 1
-
     monkeypatch.setattr(sys, "argv", ["train.py"])
     with pytest.raises(AttributeError, match="missspelt"):
-        prepare.run_script(buggy, train.Settings, "")
+        prepare.run_script(lambda settings: settings.missspelt, train.Settings, "")
 
 
 def test_compiling_without_a_compiler_is_one_sentence(scenes, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    assert "needs a compiler" in call("train.py", "--compile", *flags({"data": scenes}))
+    assert "needs a compiler" in call("train", "--compile", *flags({"data": scenes}))
 
 
 # --------------------------------------------------------------------------------------- the data
@@ -536,20 +387,10 @@ def encode_picture(mode="RGB", size=(40, 30), kind="PNG", colour=0, **save):
     return data.getvalue()
 
 
-def display_p3():
-    """The colour profile of telephones: sRGB's with other primaries (XYZ under D50)."""
-    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
-    primaries = {
-        b"rXYZ": (0.51512, 0.24120, -0.00105),
-        b"gXYZ": (0.29198, 0.69225, 0.04189),
-        b"bXYZ": (0.15710, 0.06657, 0.78407),
-    }
-    for number in range(struct.unpack_from(">I", profile, 128)[0]):
-        name, offset, _ = struct.unpack_from(">4sII", profile, 132 + 12 * number)
-        if name in primaries:
-            values = [round(value * 65536) for value in primaries[name]]
-            struct.pack_into(">3i", profile, offset + 8, *values)
-    return bytes(profile)
+def swapped_profile():
+    """The colour profile of sRGB, with red and green in each other's place."""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    return profile.replace(b"rXYZ", b"....").replace(b"gXYZ", b"rXYZ").replace(b"....", b"gXYZ")
 
 
 def write_files(files):
@@ -576,7 +417,7 @@ def test_pictures_of_all_kinds_become_what_one_sees(capsys):
         "two.dots.webp": encode_picture(kind="WEBP"),
         "moving.gif": encode_picture("P", kind="GIF"),
         "deeper/naïve name.BMP": encode_picture(kind="BMP"),
-        "profile.png": encode_picture(colour=(200, 80, 60), icc_profile=display_p3()),
+        "profile.png": encode_picture(colour=(200, 80, 60), icc_profile=swapped_profile()),
     }
     write_files({f"photos/{name}": data for name, data in files.items()})
     for name in files:
@@ -589,7 +430,8 @@ def test_pictures_of_all_kinds_become_what_one_sees(capsys):
     latents, output = prepare_folder("photos", capsys)
     assert "holds 8 pictures" in output
     assert latents["clear.png in words"].min() == 204
-    assert latents["profile.png in words"][:, 0, 0].tolist() == [216, 69, 50]
+    red, green, _ = latents["profile.png in words"][:, 0, 0]
+    assert green > 180 > 100 > red
     top, bottom = latents["a turn"][:, 2].mean(1), latents["a turn"][:, -3].mean(1)
     assert top[2] > 200 > 50 > top[0]
     assert bottom[0] > 200 > 50 > bottom[2]
@@ -602,7 +444,6 @@ def test_what_cannot_be_used_is_left_out_and_counted_by_reason(capsys):
     files = {
         "broken.jpg": encode_picture("L", (400, 300), "JPEG")[:900],
         "deep.tiff": encode_picture("F", colour=0.5, kind="TIFF"),
-        "empty.png": b"",
         "gigantic.png": gigantic,
         "phone.heic": b"x",
         "bare.png": picture,
@@ -620,7 +461,7 @@ def test_what_cannot_be_used_is_left_out_and_counted_by_reason(capsys):
     latents, output = prepare_folder("photos", capsys, size=32, limit=1)
     assert list(latents) == ["two words"]  # the limit is of pictures that are used
     for line in (
-        "4 x left out: broken or gigantic picture, or one with more than 8 bits of grey",
+        "3 x left out: broken or gigantic picture, or one with more than 8 bits of grey",
         "1 x left out: file of a kind that is not read, such as photos/phone.heic",
         "1 x left out: no .txt or .caption beside it, such as photos/bare.png",
         "1 x left out: caption of no word, such as photos/marks.png",
@@ -656,79 +497,63 @@ def test_the_cache_holds_what_it_says(scenes):
 
 
 def test_preparing_goes_on_after_a_kill_and_ends_with_the_same_bytes():
-    how = {"limit": 10_000, "out": "cut"}
+    how = {"limit": 2500, "size": 64, "out": Path("cut").resolve()}
     process = start("prepare.py", *flags(how))
     wait_for(Path("cut/progress.json"), process)
-    kill_all(process)
+    kill_all(process, how["out"])
     assert not Path("cut/meta.json").exists()
     with open("cut/latents.bin", "ab") as file:
         file.write(b"half a picture")  # that a stopped run left behind
-    assert "is now 9" in call("prepare.py", *flags(how | {"limit": 9}))
-    assert "has 4,096 pictures so far" in run("prepare.py", *flags(how))
-    prepare.prepare(prepare.Settings(limit=10_000, out="whole"))
+    assert "is now 9" in call("prepare", *flags(how | {"limit": 9}))
+    assert "has 1,024 pictures so far" in run("prepare.py", *flags(how))
+    call("prepare", *flags(how | {"out": "whole"}))
     for name in os.listdir("whole"):
         assert Path("cut", name).read_bytes() == Path("whole", name).read_bytes(), name
-    assert not Path("cut/progress.json").exists()
+    assert sorted(os.listdir("cut")) == sorted(os.listdir("whole"))
     assert "is complete" in run("prepare.py", *flags(how))
 
 
-def test_a_full_disk_or_a_file_in_the_way_ends_in_a_sentence(scenes):
-    limits = [(resource.RLIMIT_FSIZE, 9_999)]
-    output = run("prepare.py", "--limit", 99, fails=True, limits=limits)
-    assert "data/scenes cannot be written" in output
+def test_a_full_disk_or_a_file_in_the_way_ends_in_a_sentence_and_keeps_what_is_there(
+    trained, scenes
+):
     Path("taken").write_text("mine")
-    assert "cannot be written" in call("prepare.py", "--limit", 9, "--out", "taken")
-    how = TINY | {"data": scenes, "steps": 2, "out": "taken"}
-    assert "cannot be written" in call("train.py", *flags(how))
+    shutil.copytree(trained, "run")
+    before = Path("run/ckpt.pt").read_bytes()
+    how = TINY | {"data": scenes, "repa": 1, "steps": 60}
+    with limited(resource.RLIMIT_FSIZE, 99_999):
+        assert "data/scenes cannot be written" in call("prepare", "--limit", 99)
+    with limited(resource.RLIMIT_FSIZE, 900_000):
+        assert "ckpt.pt cannot be written" in call("train", *flags(how | {"out": "run"}))
+    assert "cannot be written" in call("prepare", "--limit", 9, "--out", "taken")
+    assert "cannot be written" in call("train", *flags(how | {"out": "taken"}))
     assert Path("taken").read_text() == "mine"
+    assert Path("run/ckpt.pt").read_bytes() == before
+    assert not list(Path("run").rglob("*.partial"))
 
 
-def test_a_console_that_lacks_letters_is_no_trouble(monkeypatch):
-    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
-    picture = encode_picture()
-    write_files({"photos/猫.png": b"", "photos/a.png": picture, "photos/a.txt": "é"})
-    assert "such as photos/?.png" in run("prepare.py", "photos", "--size", 16)
-
-
-@pytest.mark.parametrize("name", ["meta.json", "latents.bin", "lengths.bin", "text.bin"])
-def test_a_broken_cache_is_refused(scenes, name):
-    shutil.copytree(scenes, "cache")
-    path = Path("cache", name)
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 8 * 4])
-    with pytest.raises(model.UserError, match=r"cache"):
-        train.Cache("cache")
-
-
-def test_latents_that_are_not_finite_are_blamed_on_the_cache(scenes):
-    shutil.copytree(scenes, "cache")
+def test_a_broken_cache_is_refused_and_blamed(scenes):
+    for name in ("meta.json", "latents.bin", "lengths.bin", "text.bin"):
+        shutil.copytree(scenes, "cache", dirs_exist_ok=True)
+        path = Path("cache", name)
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 8 * 4])
+        with pytest.raises(model.UserError, match=r"cache"):
+            train.Cache("cache")
+    shutil.copytree(scenes, "cache", dirs_exist_ok=True)
     np.full(600 * 12 * 16, np.nan, np.float16).tofile("cache/teacher.bin")
-    how = TINY | {"data": "cache", "repa": 1, "steps": 2}
-    assert "cache holds values that are not finite" in call("train.py", *flags(how))
+    with pytest.raises(model.UserError, match="cache holds values that are not finite"):
+        train.Cache("cache", with_teacher=True).load([0])
 
 
-def test_a_million_pictures_need_no_more_open_files_than_one():
-    count, side = 1_000_000, 8
+def test_a_million_pictures_need_no_more_open_files_than_one(scenes):
     os.mkdir("cache")
-    np.zeros(count * 3 * side * side, np.uint8).tofile("cache/latents.bin")
-    np.ones(count * 2, np.float16).tofile("cache/text.bin")
-    np.ones(count, np.int32).tofile("cache/lengths.bin")
-    (np.arange(count, dtype=np.uint32) * 4000).tofile("cache/digest.bin")
-    Path("cache/captions.jsonl").write_text('"a thing"\n' * count)
-    meta = {"source": "x", "codec": "pixels", "text": "words", "count": count, "tokens": 1}
-    meta |= {"latent_shape": [3, side, side], "latent_dtype": "uint8", "text_dim": 2, "size": side}
-    meta |= {"mean": [0.0] * 3, "std": [1.0] * 3, "bytes": {}}
-    model.write_json("cache/meta.json", meta)
-    limits = [(resource.RLIMIT_NOFILE, 64)]
-    command = "import train; c = train.Cache('cache'); print(c.load(range(0, 10**6, 999))[1].sum())"
-    environment = os.environ | {"PYTHONPATH": str(HERE)}
-    output = subprocess.run(
-        [sys.executable, "-c", command],
-        env=environment,
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: [resource.setrlimit(kind, (limit, limit)) for kind, limit in limits],
-    )
-    assert "tensor(2004.)" in output.stdout, output.stderr
+    model.write_json("cache/meta.json", model.read_json(scenes / "meta.json") | {"count": 10**6})
+    np.ones(10**6, np.int32).tofile("cache/lengths.bin")
+    for name, size in (("latents.bin", 3 * 32 * 32), ("text.bin", 2 * 96), ("digest.bin", 4)):
+        Path("cache", name).touch()
+        os.truncate(f"cache/{name}", size * 10**6)  # without taking room on the disk
+    with limited(resource.RLIMIT_NOFILE, 64):
+        latents, text = train.Cache("cache").load(range(0, 10**6, 999))
+    assert len(latents) == len(text) == 1002
 
 
 # ---------------------------------------------------------------------------- training and drawing
@@ -739,10 +564,9 @@ def test_a_run_leaves_log_samples_weights_and_a_film(trained):
     assert [row["held_out_loss"] != "nan" for row in rows] == [False, True, False, True, True]
     assert len(list((trained / "samples").iterdir())) == 3
     assert Image.open(trained / "learning.gif").n_frames == 3
-    assert (
-        weights_of(trained).keys()
-        == random_prx(in_channels=3, bottleneck_size=8).state_dict().keys()
-    )
+    Path("plain").touch()
+    modes = [path.stat().st_mode for path in (trained / "ema" / model.WEIGHTS, Path("plain"))]
+    assert modes[0] == modes[1]  # readable for whom other files are
 
 
 def test_a_run_goes_on_with_more_steps_but_not_on_other_data(trained, scenes):
@@ -750,20 +574,17 @@ def test_a_run_goes_on_with_more_steps_but_not_on_other_data(trained, scenes):
     shutil.copytree(scenes, "moved")
     how = TINY | {"steps": 50, "repa": 1, "out": "run", "data": "moved/", "lr": 0.001}
     Path("run/log.csv").write_bytes(b"step;loss\r\n\0\0\0")  # what another program made of it
-    assert call("train.py", *flags(how)) is None
+    assert call("train", *flags(how)) is None
     assert [row["step"] for row in read_log("run")] == ["10", "20", "30", "40", "48", "50"]
     assert Image.open("run/learning.gif").n_frames == 4
     meta = model.read_json("moved/meta.json")
     model.write_json("moved/meta.json", meta | {"mean": [0, 0, 0]})
-    assert "other settings: mean was" in call("train.py", *flags(how))
+    assert "other settings: mean was" in call("train", *flags(how))
 
 
 def test_a_run_that_starts_anew_forgets_the_log_and_grids_of_one_that_died(scenes):
-    write_files(
-        {"run/log.csv": "step,loss\n10,1\n", "run/samples/step_000001.png": encode_picture()}
-    )
-    how = TINY | {"steps": 2, "out": "run", "data": scenes}
-    assert call("train.py", *flags(how)) is None
+    write_files({"run/samples/step_000001.png": encode_picture(), "run/log.csv": "step\n10\n"})
+    assert call("train", *flags(TINY | {"steps": 2, "out": "run", "data": scenes})) is None
     assert [row["step"] for row in read_log("run")] == ["2"]
     assert Image.open("run/learning.gif").n_frames == 1
 
@@ -776,42 +597,35 @@ def test_a_checkpoint_without_a_newer_setting_goes_on_and_one_of_another_program
     os.mkdir("run")
     torch.save({"model": {}}, "run/ckpt.pt")
     how = TINY | {"steps": 2, "out": "run", "data": scenes}
-    assert "of another version or program" in call("train.py", *flags(how))
+    assert "of another version or program" in call("train", *flags(how))
 
 
 def test_an_infinite_loss_ends_in_a_sentence_and_saves_nothing(scenes):
     how = TINY | {"data": scenes, "steps": 99, "lr": 2e9, "save_every": 1, "out": "run"}
-    assert "the loss is infinite" in call("train.py", *flags(how))
+    assert "the loss is infinite" in call("train", *flags(how))
     assert all(weight.isfinite().all() for weight in weights_of("run").values())
 
 
-@pytest.mark.parametrize(
-    ("interruptions", "processes"),
-    [
-        ((signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL), 1),
-        ((signal.SIGTERM, signal.SIGKILL), 2),
-    ],
-)
-def test_an_interrupted_run_goes_on_to_the_bit(scenes, interruptions, processes):
-    settings = TINY | {"data": scenes, "steps": 90, "save_every": 7, "repa": 1}
-    saved, checkpoint = [0], Path("cut/ckpt.pt")
-    for how in interruptions:
+@pytest.mark.parametrize("processes", [1, 2])
+def test_an_interrupted_run_goes_on_to_the_bit(scenes, processes):
+    settings = TINY | {"data": scenes, "steps": 60, "save_every": 7, "repa": 1}
+    out, saved = Path("cut").resolve(), [0]
+    for how in (signal.SIGTERM, signal.SIGKILL):
         started = time.time()
-        cut = start("train.py", *flags(settings | {"out": "cut"}), processes=processes)
-        wait_for(checkpoint, cut, newer_than=started)
+        cut = start("train.py", *flags(settings | {"out": out}), processes=processes)
+        wait_for(out / "ckpt.pt", cut, newer_than=started)
         if how == signal.SIGKILL:
-            kill_all(cut)
+            kill_all(cut, out)
         else:
             cut.send_signal(how)
             assert "goes on" in cut.communicate(timeout=60)[0]
-        saved.append(torch.load(checkpoint, weights_only=True)["step"])
-    assert saved == sorted(set(saved))
-    assert saved[-1] < 90
+        saved.append(torch.load("cut/ckpt.pt", weights_only=True)["step"])
+    assert saved == sorted({*saved, 60})[:3]
     for out in ("cut", "whole"):
         run("train.py", *flags(settings | {"out": out}), processes=processes)
     torch.testing.assert_close(weights_of("cut"), weights_of("whole"), rtol=0, atol=0)
     steps = [int(row["step"]) for row in read_log("cut")]
-    assert steps == sorted(set(steps))
+    assert steps == sorted({*steps})
 
 
 def test_ctrl_c_while_a_finished_run_is_scored_ends_it():
@@ -824,37 +638,29 @@ def test_ctrl_c_while_a_finished_run_is_scored_ends_it():
     assert process.returncode != 0
 
 
-def test_a_full_disk_ends_in_a_sentence_and_keeps_the_last_checkpoint(trained, scenes):
-    shutil.copytree(trained, "run")
-    before = Path("run/ckpt.pt").read_bytes()
-    how = TINY | {"steps": 60, "repa": 1, "out": "run", "data": scenes}
-    output = run("train.py", *flags(how), fails=True, limits=[(resource.RLIMIT_FSIZE, 99_999)])
-    assert "cannot be written" in output
-    assert Path("run/ckpt.pt").read_bytes() == before
-    assert not list(Path("run").rglob("*.partial"))
-
-
 def test_processes_and_parts_of_a_batch_change_nothing(scenes):
     settings = TINY | {"data": scenes, "steps": 20, "dtype": "fp32", "repa": 1}
     losses = {}
-    for out, more, processes in (("one", {}, 1), ("two", {}, 2), ("parts", {"micro_batch": 6}, 1)):
-        run("train.py", *flags(settings | more | {"out": out}), processes=processes)
+    call("train", *flags(settings | {"out": "one"}))
+    call("train", *flags(settings | {"out": "parts", "micro_batch": 6}))
+    run("train.py", *flags(settings | {"out": "two"}), processes=2)
+    for out in ("one", "two", "parts"):
         losses[out] = [float(row["loss"]) for row in read_log(out)]
     np.testing.assert_allclose(losses["one"], losses["two"], rtol=1e-4)
     np.testing.assert_allclose(losses["one"], losses["parts"], rtol=1e-4)
     assert float(read_log("one")[0]["repa_loss"]) > 0
 
 
-def test_a_second_stage_begins_with_the_weights_of_the_first_and_does_not_need_it_later(
+def test_a_second_stage_begins_with_the_first_ones_weights_and_does_not_need_it_later(
     trained, scenes
 ):
     shutil.copytree(trained, "first")
     how = {"data": scenes, "init": "first", "lr": 1e-9, "muon_lr": 1e-9, "batch_size": 4}
     how |= {"warmup": 1, "out": "second"}
-    assert call("train.py", *flags(how | {"steps": 1})) is None
+    assert call("train", *flags(how | {"steps": 1})) is None
     torch.testing.assert_close(weights_of("second"), weights_of(trained))
     shutil.rmtree("first")
-    assert call("train.py", *flags(how | {"steps": 2})) is None
+    assert call("train", *flags(how | {"steps": 2})) is None
     meta = model.read_json(scenes / "meta.json")
     settings = train.Settings(init=str(trained), data="x")
     with pytest.raises(model.UserError, match="takes --text words: prepare x so"):
@@ -863,41 +669,13 @@ def test_a_second_stage_begins_with_the_weights_of_the_first_and_does_not_need_i
 
 def test_a_picture_is_the_same_whatever_else_is_drawn(trained):
     how = flags({"run": trained, "steps": 3, "seed": 5})
-    assert call("sample.py", "a ring", "b", *how, "--n", 2, "--out", "many") is None
-    assert call("sample.py", "b", *how, "--out", "one/") is None
-    assert call("sample.py", *how, "--out", "all.png") is None
+    assert call("sample", "a ring", "b", *how, "--n", 2, "--out", "many") is None
+    assert call("sample", "b", *how, "--out", "one/") is None
+    assert call("sample", *how, "--out", "all.png") is None
     many, one = (np.asarray(Image.open(path)) / 1.0 for path in ("many/0002.png", "one/0000.png"))
     assert one.shape == (32, 32, 3)
     assert abs(many - one).max() <= 2
     assert one.std() > 1
-
-
-def test_longer_prompts_than_in_training_are_not_cut(trained):
-    network = random_prx(in_channels=3, patch_size=8, context_in_dim=96)
-    torch.nn.init.normal_(network.txt_in.weight)
-    for block in network.blocks:
-        torch.nn.init.normal_(block.attention.txt_kv_proj.weight)
-    info = model.read_json(trained / "ema/nanoprx.json") | {"steps": 2}
-    prompt = "a red circle left of a blue square on a white background " * 2
-    embeddings = sample.encode_prompts([prompt + "red", prompt + "blue"], info, CPU)
-    pictures = sample.draw(network, info, CPU, embeddings, [0, 0]).astype(float)
-    assert abs(pictures[0] - pictures[1]).max() > 2
-
-
-def test_the_sampler_is_that_of_diffusers():
-    diffusers = pytest.importorskip("diffusers")
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
-    scheduler.set_timesteps(8)
-
-    def network(x, t, text, mask):
-        return x * t[:, None, None, None]
-
-    noise, text = torch.randn(1, 3, 4, 4), torch.zeros(1, 1, 1)
-    x = noise.clone()
-    for t in scheduler.timesteps:
-        x = scheduler.step(x * t / 1000, t, x).prev_sample
-    info = {"shift": 3.0, "predict": "v", "mask": False, "steps": 8, "guidance": 1.0}
-    torch.testing.assert_close(sample.generate(network, text, text, noise, info), x)
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.5, 1.0, 3.0])
@@ -939,5 +717,3 @@ def test_validation_is_only_of_the_weights(scenes):
     # The first output is 0, so that the error is the mean square of noise - x, 2 if x is normalized
     assert abs(train.validate(started) - 2) < 0.2
     assert train.validate(started) == train.validate(started)
-    captions = prepare.read_captions(scenes)
-    assert set(started.info["examples"]) <= {captions[index] for index in started.held_out}

@@ -36,7 +36,6 @@ class Settings:
     text_tokens: int = flag(9, "text tokens", 1)
     batch_size: int = flag(128, "pictures in a step", 1)
     route: float = flag(0.0, "share of tokens that skip blocks, in our network", 0, 0.95)
-    optimizer: str = flag("muon", "of the blocks", choices=("muon", "adamw"))
     pairs: int = flag(15, "how often each is measured, in turn", 1)
     device: str = flag("auto", "the best there is", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str = flag("auto", "of matrix products", choices=("auto", "bf16", "fp32"))
@@ -65,8 +64,7 @@ def count_flops(network, inputs, compute):
 
 def make_step(network, inputs, settings, compute):
     """A function that makes a training step, from forward pass to optimizers."""
-    how = train.Settings(optimizer=settings.optimizer)
-    optimizers = train.make_optimizers(network, how, compute).values()
+    optimizers = train.make_optimizers(network, train.Settings(), compute).values()
     if settings.compile:
         for block in network.blocks:
             block.compile()

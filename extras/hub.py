@@ -14,7 +14,6 @@ import dataclasses
 import itertools
 import json
 import os
-import re
 import sys
 import tarfile
 from pathlib import Path
@@ -57,10 +56,8 @@ def load(item):
     caption = item.caption
     if isinstance(caption, list):  # the longest tells most
         caption = max((each for each in caption if isinstance(each, str)), key=len, default=None)
-    if isinstance(caption, LeftOut):
-        raise caption
     if not isinstance(caption, str):
-        raise LeftOut("no caption, or one that is no text")
+        raise caption or LeftOut("no caption, or one that is no text")
     try:
         return caption, prepare.load_picture(read(item.picture))
     except (OSError, TypeError):
@@ -79,16 +76,16 @@ def read(place):
 
 
 def find_caption(record):
-    """What stands in a dict under the first of CAPTIONS that is there; None if none is."""
-    found = [record[key] for key in CAPTIONS if record.get(key)] if isinstance(record, dict) else []
+    """The text, or list of texts, under the first of CAPTIONS in a dict; None if there is none."""
+    found = [record[key] for key in CAPTIONS if isinstance(record.get(key), str | list)]
     return found[0] if found else None
 
 
 # ------------------------------------------------------------------------------------------- tars
 def read_tar(path):
     """The Items of a tar, wherever in it their captions are. The caption of a.b.jpg is a.b.txt or
-    a.b.json, or else a.txt or a.json, as WebDataset names them. What stands before a broken place
-    is used."""
+    a.b.json, or, if it is the only picture of sample a, a.txt or a.json. What stands before a
+    broken place is used."""
     captions, pictures = {}, []
     try:
         with tarfile.open(path, "r:") as tar:  # an index; nothing is unpacked
@@ -101,23 +98,30 @@ def read_tar(path):
                     pictures.append((stem, f"{path}/{member.name}", place))
     except (tarfile.TarError, OSError, ValueError) as error:
         print(f"{path} is no plain tar, or broken; what stands before is read ({error})")
-    count = collections.Counter(stem for stem, _, _ in pictures)
+    stems = collections.Counter(stem for stem, _, _ in pictures)
+    samples = collections.Counter(sample_of(stem) for stem, _, _ in pictures)
     for stem, name, place in pictures:
-        sample = re.match(r"(.*/)?[^.]*", stem).group()  # up to the first dot of the last name
-        caption = read_caption(*captions.get(stem, captions.get(sample, (None, ""))))
-        if count[stem] > 1:
+        found = captions.get(stem)
+        if found is None and samples[sample_of(stem)] == 1:
+            found = captions.get(sample_of(stem))
+        caption = LeftOut("no .txt or .json beside it") if found is None else read_caption(*found)
+        if stems[stem] > 1:
             caption = LeftOut("two pictures for one caption")
         yield Item(name, place, caption)
 
 
+def sample_of(stem):
+    """The name of a WebDataset sample: up to the first dot behind the last slash."""
+    folder, name = os.path.split(stem)
+    return os.path.join(folder, name.split(".")[0])
+
+
 def read_caption(place, ending):
-    """The caption in a .txt, or under one of CAPTIONS in a .json; a LeftOut if there is none."""
-    if place is None:
-        return LeftOut("no .txt or .json beside it")
+    """The caption in a .txt, or one of CAPTIONS in a .json, or a LeftOut."""
     try:
         text = read(place).decode("utf-8-sig")
-        return find_caption(json.loads(text)) if ending == ".json" else text
-    except (OSError, ValueError, RecursionError):
+        return find_caption(dict(json.loads(text))) if ending == ".json" else text
+    except (OSError, ValueError, TypeError, RecursionError):
         return LeftOut("caption that is not UTF-8 or not JSON")
 
 
@@ -130,9 +134,7 @@ def open_dataset(settings):
     source, how = settings.source, {"split": settings.split, "streaming": True}
     name, _, revision = source.partition("@")
     try:
-        if source.endswith(".parquet"):
-            rows = datasets.load_dataset("parquet", data_files=source, **how)
-        elif Path(source).is_dir():
+        if Path(source).is_dir():
             rows = datasets.load_dataset(source, settings.config or None, **how)
         else:
             how["revision"] = huggingface_hub.dataset_info(name, revision=revision or None).sha

@@ -55,9 +55,8 @@ def read_info(source, folder):
     info["std"] = [1 / (scaling.get("scaling_factor") or 1.0)] * channels
     # Padding is not seen, so that prompts need not be filled up.
     info |= {"predict": "v", "shift": scheduler.get("shift", 1.0), "mask": True, "tokens": 1}
-    is_distilled = "distilled" in source
-    info |= {"steps": 8 if is_distilled else 28, "guidance": 1.0 if is_distilled else 5.0}
-    return info | {"examples": ["A front-facing portrait of a lion in the savanna at sunset"]}
+    how = {"steps": 8, "guidance": 1.0} if "distilled" in source else {"steps": 28, "guidance": 5.0}
+    return info | how | {"examples": ["A front-facing portrait of a lion in the savanna at sunset"]}
 
 
 def main(settings):

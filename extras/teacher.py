@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import model
 import prepare
 import train
+from model import UserError
 from prepare import flag
 
 
@@ -53,9 +54,7 @@ def main(settings):
     folder = Path(settings.data)
     meta = model.read_json(folder / "meta.json")
     if "teacher" in meta:
-        prepare.refuse_differences(folder, meta, {"teacher": settings.teacher})
-        print(f"{folder} has the features of {settings.teacher}")
-        return
+        raise UserError(f"{folder} has the features of {meta['teacher']} already")
     from transformers import AutoModel
 
     compute = model.pick_device(settings.device)

@@ -1,0 +1,339 @@
+"""Every promise about extras/, and that the four scripts agree with diffusers and transformers, on
+random weights and on small files made here."""
+
+import io
+import json
+import os
+import shutil
+import string
+import tarfile
+from pathlib import Path
+
+import bench
+import datasets
+import diffusers
+import hub
+import numpy as np
+import official
+import pytest
+import teacher
+import tokenizers
+import torch
+import transformers
+from diffusers.pipelines.prx import T5GemmaEncoder
+from PIL import Image
+
+import model
+import prepare
+import sample
+import train
+from test_smoke import CPU, an_empty_folder, encode_picture, random_prx, write_files  # noqa: F401
+
+transformers.set_seed(0)
+needs_hub_files = pytest.mark.skipif("HF_HOME" not in os.environ, reason="needs files of the Hub")
+MINI = "sentence-transformers/all-MiniLM-L6-v2"
+
+
+# --------------------------------------------------------------- the four scripts against others
+@pytest.mark.parametrize(
+    ("sizes", "shape", "length"),
+    [
+        ({"in_channels": 3, "patch_size": 8, "bottleneck_size": 16}, (32, 32), 5),
+        ({"in_channels": 4, "patch_size": 1, "num_heads": 3}, (5, 9), 1),
+        ({"in_channels": 16, "num_heads": 4, "axes_dim": (4, 8)}, (8, 12), 17),
+    ],
+)
+def test_prx_agrees_with_diffusers_and_weights_go_both_ways(sizes, shape, length):
+    ours = random_prx(**sizes)
+    ours.save_pretrained("ours")
+    theirs = diffusers.PRXTransformer2DModel.from_pretrained("ours", low_cpu_mem_usage=False)
+    theirs.save_pretrained("theirs")
+    back = model.PRX.from_pretrained("theirs")
+    for name, weight in ours.state_dict().items():
+        assert torch.equal(weight, back.state_dict()[name])
+    x, t = torch.randn(2, ours.config.in_channels, *shape), torch.rand(2)
+    text = torch.randn(2, length, 24)
+    for mask in (None, torch.arange(length) < torch.tensor([[1], [length]])):
+        expected = theirs(x, t, text, attention_mask=mask).sample
+        torch.testing.assert_close(back(x, t, text, mask), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("channels", [4, 16])
+def test_tiny_autoencoders_agree_with_diffusers(channels):
+    theirs = diffusers.AutoencoderTiny(latent_channels=channels)
+    theirs.save_pretrained("tiny")
+    ours, images = model.load_codec("tiny", CPU), torch.randn(2, 3, 48, 64)
+    latents = theirs.encode(images).latents
+    torch.testing.assert_close(ours.encode(images), latents, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours.decode(99 * latents), theirs.decode(99 * latents).sample)
+
+
+def test_the_sampler_is_that_of_diffusers():
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(8)
+
+    def network(x, t, text, mask):
+        return x * t[:, None, None, None]
+
+    noise, text = torch.randn(1, 3, 4, 4), torch.zeros(1, 1, 1)
+    x = noise.clone()
+    for t in scheduler.timesteps:
+        x = scheduler.step(x * t / 1000, t, x).prev_sample
+    info = {"shift": 3.0, "predict": "v", "mask": False, "steps": 8, "guidance": 1.0}
+    torch.testing.assert_close(sample.generate(network, text, text, noise, info), x)
+
+
+@needs_hub_files
+def test_a_real_text_encoder_gives_unpadded_embeddings_cut_to_256_tokens():
+    ours = model.load_text_encoder(MINI, CPU)
+    captions = ["", "a red fox", " ".join(["a red fox on"] * 90)]
+    embeddings = ours.encode(captions)
+    assert [len(each) for each in embeddings] == [2, 5, 256]
+    assert len(ours.tokenize(captions[2])) > 256
+    tokenizer = transformers.AutoTokenizer.from_pretrained(MINI)
+    inputs = tokenizer("a red fox", return_tensors="pt")
+    theirs = transformers.AutoModel.from_pretrained(MINI)(**inputs).last_hidden_state[0]
+    torch.testing.assert_close(embeddings[1], theirs, rtol=1e-4, atol=1e-4)
+
+
+@needs_hub_files
+def test_a_t5_that_was_saved_in_float16_computes_in_float32():
+    files = model.fetch("google/flan-t5-base", "*.json")
+    sizes = {"d_model": 48, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 3}
+    theirs = transformers.T5EncoderModel(transformers.T5Config.from_pretrained(files, **sizes))
+    theirs.eval().to(torch.float16).save_pretrained("t5")
+    shutil.copy(files / "tokenizer.json", "t5")
+    with torch.autocast("cpu"):
+        embedding = model.load_text_encoder("t5", CPU).encode([""])[0]
+    expected = theirs.float()(torch.tensor([[1]])).last_hidden_state[0]  # of the end alone
+    torch.testing.assert_close(embedding, expected, rtol=1e-4, atol=1e-4)
+
+
+@needs_hub_files
+def test_latents_of_a_real_codec_and_a_real_text_encoder_train_and_draw():
+    how = {"size": 128, "codec": "taef2", "text": MINI, "limit": 9, "out": "cache"}
+    prepare.prepare(prepare.Settings(**how))
+    meta = model.read_json("cache/meta.json")
+    latents = np.fromfile("cache/latents.bin", np.float16).reshape(9, *meta["latent_shape"])
+    images = np.stack([np.asarray(prepare.draw_scene(number, 128)[1]) for number in range(9)])
+    decoded = model.load_codec("taef2", CPU).decode(torch.tensor(latents).float()).clamp(-1, 1)
+    error = decoded / 2 + 0.5 - torch.tensor(images).permute(0, 3, 1, 2) / 255
+    assert -10 * error.square().mean((1, 2, 3)).log10().mean() > 27  # dB
+    model.write_json("cache/meta.json", meta | {"source": "photos"})
+    how = {"data": "cache", "out": "run", "steps": 2, "batch_size": 4, "warmup": 1, "width": 32}
+    train.train(train.Settings(**how))
+    sample.sample(sample.Settings(["a red fox"], run="run", steps=2))
+    assert Image.open("sample.png").width > 128
+
+
+# ----------------------------------------------------------------------------------------- hub.py
+def prepare_hub(source, capsys, **how):
+    """The captions of the cache that hub.py makes of a source, and what was printed."""
+    shutil.rmtree("cache", ignore_errors=True)
+    hub.main(hub.Settings(**({"source": str(source), "out": "cache", "size": 16} | how)))
+    return prepare.read_captions("cache"), capsys.readouterr().out
+
+
+def test_captions_in_a_tar_are_paired_never_guessed(capsys):
+    names = ("Shot 12.30.45", "Shot 12.31.02", "x", "x.mask", "s0.input", "twice", "deep", "list")
+    files = {f"a/{name}.png": encode_picture() for name in names}
+    files |= {"a/broken.png": b"", "a/twice.jpg": encode_picture(kind="JPEG"), "a/._x.png": b""}
+    files |= {"a/Shot 12.30.45.txt": b"half past", "a/Shot 12.31.02.txt": b"a minute later"}
+    files |= {"a/x.txt": b"an x", "a/s0.txt": b"a sample", "a/twice.txt": b"which one"}
+    files |= {"a/deep.json": b"[" * 100_000, "a/broken.txt": b"broken"}
+    files["a/list.json"] = json.dumps({"caption": ["a fox", "a red fox", 5]}).encode()
+    with tarfile.open("shard.tar", "w") as tar:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    captions, output = prepare_hub("shard.tar", capsys)
+    wanted = {"half past", "a minute later", "an x", "a sample", "a red fox"}
+    assert set(captions) == wanted and len(captions) == 5, output
+    assert "2 x left out: two pictures for one caption" in output
+    assert "1 x left out: no .txt or .json beside it, such as shard.tar/a/x.mask.png" in output
+    assert "1 x left out: broken or gigantic picture" in output
+    assert "1 x left out: caption that is not UTF-8 or not JSON" in output
+    data = Path("shard.tar").read_bytes()
+    Path("shard.tar").write_bytes(data[: len(data) // 2 // 512 * 512 + 100])
+    assert "what stands before is read" in prepare_hub("shard.tar", capsys)[1]
+
+
+def test_a_folder_with_metadata_is_read(capsys):
+    write_files({f"photos/{name}.png": encode_picture() for name in "abc"})
+    lines = ["file_name,text", 'a.png,"an ""a"", with more"', "b.png,a b", "c.png,!!!"]
+    write_files({"photos/metadata.csv": "\n".join(lines)})
+    captions, output = prepare_hub("photos", capsys)
+    assert captions == ['an "a", with more', "a b"]
+    assert "1 x left out: caption of no word, such as row 2" in output
+
+
+def write_parquet(folder, count):
+    """A folder with a Parquet file with pictures, one of them broken, and lists of captions."""
+    os.mkdir(folder)
+    colours = [number % 256 for number in range(count)]
+    pictures = [{"bytes": encode_picture(colour=colour), "path": None} for colour in colours]
+    pictures[1]["bytes"] = b"broken"
+    captions = [["a", f"number {number}"] for number in range(count)]
+    rows = datasets.Dataset.from_dict({"id": [*range(count)], "img": pictures, "caption": captions})
+    rows.cast_column("img", datasets.Image()).to_parquet(f"{folder}/rows.parquet")
+
+
+def test_parquet_columns_are_found_or_named(capsys):
+    write_parquet("rows", 5)
+    captions, output = prepare_hub("rows", capsys)
+    assert captions == ["number 0", "number 2", "number 3", "number 4"]
+    assert "1 x left out: broken or gigantic picture" in output
+    with pytest.raises(model.UserError, match="has no column title, but id, img, caption"):
+        prepare_hub("rows", capsys, caption_column="title")
+
+
+def test_a_stream_that_was_stopped_goes_on_to_the_same_bytes(monkeypatch):
+    write_parquet("rows", 5000)
+    how, load = {"source": "rows", "size": 32}, hub.load
+
+    def stop(item):
+        if item.name.startswith("row 4500,"):
+            raise KeyboardInterrupt
+        return load(item)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(hub, "load", stop)
+        hub.main(hub.Settings(out="cut", **how))
+    assert model.read_json("cut/progress.json")["count"] == 4096
+    for out in ("cut", "whole"):
+        hub.main(hub.Settings(out=out, **how))
+    for name in os.listdir("whole"):
+        assert Path("cut", name).read_bytes() == Path("whole", name).read_bytes(), name
+
+
+def test_a_data_set_that_is_not_there_is_a_sentence():
+    with pytest.raises(model.UserError, match="user/name is no data set that can be read"):
+        hub.main(hub.Settings(source="user/name"))
+
+
+# ------------------------------------------------------------------------------------- teacher.py
+@pytest.mark.parametrize("kind", ["Dinov2", "Dinov2WithRegisters", "DINOv3ViT"])
+def test_features_are_those_of_the_teachers_patches(kind):
+    sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "image_size": 64}
+    config = getattr(transformers, f"{kind}Config")(**sizes)
+    network = getattr(transformers, f"{kind}Model")(config).eval()
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    network.save_pretrained("teacher")
+    prepare.prepare(prepare.Settings(limit=70, out="cache"))
+    Path("cache/teacher-teacher.partial").write_bytes(b"\0" * 2 * 48 * 16 + b"half a row")
+    teacher.main(teacher.Settings("cache", "teacher"))
+    cache = train.Cache("cache", with_teacher=True)
+    latents, _, features = cache.load([0, 9])
+    images = latents[1:] / 127.5 - 1
+    size = 16 * config.patch_size
+    images = torch.nn.functional.interpolate(images, (size, size), mode="bicubic", antialias=True)
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
+    tokens = network((images / 2 + 0.5 - mean) / std).last_hidden_state
+    patches = tokens[0, 1 + getattr(config, "num_register_tokens", 0) :]  # the class comes first
+    wanted = patches.unflatten(0, (4, 4, 4, 4)).mean((1, 3)).permute(2, 0, 1)
+    assert torch.nn.functional.cosine_similarity(features[1], wanted, dim=0).min() > 0.98
+    assert not features[0].any()  # made before it was stopped
+    how = {"data": "cache", "repa": 0.5, "width": 16, "batch_size": 4}
+    run = train.Run(train.Settings(**how), CPU)
+    assert train.train_step(run, train.make_batch(cache.load(range(4)), run))[1] > 0
+
+
+# ------------------------------------------------------------------------------------ official.py
+PROMPTS = (
+    "A Red Fox, (quickly) over a “lazy” dog &amp; 50% off...",
+    "Ein grüner Käfer 🙂 " * 30,
+    "",
+)
+
+
+@pytest.fixture(scope="session")
+def pipe(tmp_path_factory):
+    """A small random PRXPipeline of diffusers, and its folder."""
+    folder = tmp_path_factory.mktemp("official") / "pipe"
+    words = ["<pad>", "<eos>", "<bos>", "<unk>", *string.printable]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    letters = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, "<unk>"))
+    letters.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    template = {"single": "<bos> $A", "special_tokens": [("<bos>", 2)]}
+    letters.post_processor = tokenizers.processors.TemplateProcessing(**template)
+    how = {"bos_token": "<bos>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=letters, model_max_length=256, **how
+    )
+    sizes = {"vocab_size": len(words), "hidden_size": 48, "intermediate_size": 64, "head_dim": 16}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = transformers.T5GemmaConfig(encoder=sizes, decoder=sizes)
+    text_encoder = T5GemmaEncoder(config.encoder).eval()
+    for parameter in text_encoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    random_prx(in_channels=16, context_in_dim=48, std=0.15).save_pretrained(folder.parent / "prx")
+    how = {"low_cpu_mem_usage": False}
+    transformer = diffusers.PRXTransformer2DModel.from_pretrained(folder.parent / "prx", **how)
+    vae = diffusers.AutoencoderTiny(latent_channels=16)
+    for parameter in vae.decoder.parameters():
+        parameter.data *= 1.8
+    vae.decoder.layers[-1].bias.data.fill_(0.5)  # neither black nor white
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    pipeline = diffusers.PRXPipeline(
+        transformer, scheduler, text_encoder, tokenizer, vae, default_sample_size=64
+    )
+    pipeline.save_pretrained(folder)
+    config.save_pretrained(folder / "text_encoder")  # the official one is for both halves
+    official.main(official.Settings(str(folder), str(folder.parent / "run")))
+    return pipeline, folder
+
+
+def draw_both(pipeline, run, prompt, guidance):
+    """A picture of ours and of diffusers', with seed 3 and five steps, as arrays."""
+    how = {"run": str(run), "seed": 3, "steps": 5, "guidance": guidance, "out": "o/"}
+    sample.sample(sample.Settings([prompt], **how))
+    how = {"height": 64, "width": 64, "num_inference_steps": 5, "guidance_scale": guidance}
+    how |= {"generator": torch.Generator().manual_seed(3), "use_resolution_binning": False}
+    theirs = pipeline(prompt, **how).images[0]
+    return np.asarray(Image.open("o/0000.png")) / 1.0, np.asarray(theirs) / 1.0
+
+
+@pytest.mark.parametrize("guidance", [5.0, 1.0])
+def test_an_official_pipeline_draws_as_in_diffusers(pipe, guidance):
+    for prompt in PROMPTS:
+        ours, theirs = draw_both(pipe[0], pipe[1].parent / "run", prompt, guidance)
+        assert abs(ours - theirs).max() <= 3, prompt
+        assert ours.std() > 5
+
+
+def test_an_official_prx_is_fine_tuned_and_drawn_again_in_diffusers(pipe):
+    pipeline, folder = pipe
+    for number in range(8):
+        caption, picture = prepare.draw_scene(number, 64)
+        write_files({f"photos/{number}.txt": caption})
+        picture.save(f"photos/{number}.png")
+    how = {"size": 64, "codec": str(folder / "vae"), "text": str(folder), "out": "data"}
+    prepare.prepare(prepare.Settings("photos", **how))
+    first = str(folder.parent / "run")
+    how = {"data": "data", "init": first, "steps": 2, "batch_size": 8, "warmup": 1, "lr": 2e-3}
+    train.train(train.Settings(**how, out="tuned"))
+    info = model.read_json("tuned/ema/nanoprx.json")
+    assert {info[name] for name in ("predict", "shift", "mask", "steps")} == {"v", 3.0, True, 28}
+    tuned = diffusers.PRXTransformer2DModel.from_pretrained("tuned/ema", low_cpu_mem_usage=False)
+    parts = diffusers.PRXPipeline(**(pipeline.components | {"transformer": tuned}))
+    ours, theirs = draw_both(parts, "tuned", "A Red Ring", 5.0)
+    assert abs(ours - theirs).max() <= 3
+    assert abs(ours - draw_both(pipeline, first, "A Red Ring", 5.0)[0]).max() > 3
+
+
+@pytest.mark.parametrize(
+    ("part", "kind"), [("vae", "AutoencoderDC"), ("text_encoder", "Qwen3VLModel")]
+)
+def test_other_pipelines_are_refused_before_a_download(pipe, part, kind):
+    shutil.copytree(pipe[1], "pipe", ignore=shutil.ignore_patterns("*.safetensors"))
+    index = model.read_json("pipe/model_index.json")
+    model.write_json("pipe/model_index.json", index | {part: ["diffusers", kind]})
+    with pytest.raises(model.UserError, match=kind):
+        official.main(official.Settings("pipe"))
+
+
+def test_the_bench_prints_a_ratio(capsys):
+    bench.main(bench.Settings(width=16, batch_size=4, pairs=2, route=0.5))
+    assert "of diffusers' time, the median of pairs" in capsys.readouterr().out
