@@ -53,9 +53,9 @@ def start(script, *arguments, processes=1):
     launch = [sys.executable]
     if processes > 1:
         launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    how = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     command = [*launch, HERE / script, *map(str, arguments)]
-    return subprocess.Popen(command, **how, start_new_session=True)
+    how = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "start_new_session": True}
+    return subprocess.Popen(command, text=True, **how)
 
 
 def run(script, *arguments, processes=1):
@@ -207,8 +207,7 @@ def test_loss_is_the_formula_with_routing_and_repa_and_takes_the_flash_kernel():
     batch["features"] = torch.randn(2, 16, 48)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
         mse, repa = train.compute_loss(network, batch, {"predict": "x", "mask": False}, 0.3)
-    x_t = 0.2 * noise + 0.8 * x
-    x_t[1] = 0.8 * noise[1] + 0.2 * x[1]
+    x_t = torch.stack((0.2 * noise[0] + 0.8 * x[0], 0.8 * noise[1] + 0.2 * x[1]))
     output, tokens = network(x_t, t, batch["text"], keep=keep)
     weight = 1 / torch.tensor([0.3, 0.8])[:, None, None, None] ** 2
     wanted = batch["features"][torch.arange(2)[:, None], keep]
@@ -246,8 +245,7 @@ def test_words_know_order_and_scripts():
     first, second, none, long = words.encode(["Red circle!", "circle red", "", "so " * 300])
     assert torch.equal(first[0, :32], second[1, :32])
     assert not torch.equal(first[0], second[0])
-    assert len(none) == 0
-    assert len(long) == 256
+    assert [len(none), len(long)] == [0, 256]
     assert words.tokenize("The café's no. 5") == ["café", "s", "no", "5"]
     assert words.tokenize("The café") == words.tokenize("cafe\u0301")
     assert words.tokenize("हिन्दी") != words.tokenize("हन्द")
@@ -352,7 +350,6 @@ def test_settings_become_flags_whatever_the_fields(monkeypatch, capsys):
     ("command", "sentence"),
     [
         ("train --ema 1", "--ema 1.0 is not from 0 to 0.99999"),
-        ("train --lr nan", "--lr nan is not from 0 to inf"),
         ("train --steps 20", "--warmup 30 is longer than the run of 20 steps"),
         ("train --init x --predict v", "--init has a predict of its own"),
         ("train --data nowhere", "nowhere/meta.json cannot be read"),
@@ -360,7 +357,6 @@ def test_settings_become_flags_whatever_the_fields(monkeypatch, capsys):
         ("sample a --run x/y", "x/y is no folder"),
         ("prepare nowhere", "nowhere has no picture to use"),
         ("prepare --size 100", "--size 100 is no multiple of 16"),
-        ("prepare --codec x/y", "x/y is no folder"),
     ],
 )
 def test_a_mistake_gets_one_sentence_and_leaves_nothing(command, sentence):
@@ -513,9 +509,7 @@ def test_preparing_goes_on_after_a_kill_and_ends_with_the_same_bytes():
     assert "is complete" in run("prepare.py", *flags(how))
 
 
-def test_a_full_disk_or_a_file_in_the_way_ends_in_a_sentence_and_keeps_what_is_there(
-    trained, scenes
-):
+def test_what_cannot_be_written_is_a_sentence_and_nothing_is_lost(trained, scenes):
     Path("taken").write_text("mine")
     shutil.copytree(trained, "run")
     before = Path("run/ckpt.pt").read_bytes()
@@ -651,9 +645,7 @@ def test_processes_and_parts_of_a_batch_change_nothing(scenes):
     assert float(read_log("one")[0]["repa_loss"]) > 0
 
 
-def test_a_second_stage_begins_with_the_first_ones_weights_and_does_not_need_it_later(
-    trained, scenes
-):
+def test_a_second_stage_begins_with_the_first_and_later_does_not_need_it(trained, scenes):
     shutil.copytree(trained, "first")
     how = {"data": scenes, "init": "first", "lr": 1e-9, "muon_lr": 1e-9, "batch_size": 4}
     how |= {"warmup": 1, "out": "second"}

@@ -34,19 +34,22 @@ needs_hub_files = pytest.mark.skipif("HF_HOME" not in os.environ, reason="needs 
 MINI = "sentence-transformers/all-MiniLM-L6-v2"
 
 
+def load_transformer(folder):
+    """Our weights in diffusers' network."""
+    return diffusers.PRXTransformer2DModel.from_pretrained(folder, low_cpu_mem_usage=False)
+
+
 # --------------------------------------------------------------- the four scripts against others
-@pytest.mark.parametrize(
-    ("sizes", "shape", "length"),
-    [
+@pytest.mark.parametrize("case", [0, 1, 2])
+def test_prx_agrees_with_diffusers_and_weights_go_both_ways(case):
+    sizes, shape, length = (
         ({"in_channels": 3, "patch_size": 8, "bottleneck_size": 16}, (32, 32), 5),
         ({"in_channels": 4, "patch_size": 1, "num_heads": 3}, (5, 9), 1),
         ({"in_channels": 16, "num_heads": 4, "axes_dim": (4, 8)}, (8, 12), 17),
-    ],
-)
-def test_prx_agrees_with_diffusers_and_weights_go_both_ways(sizes, shape, length):
+    )[case]
     ours = random_prx(**sizes)
     ours.save_pretrained("ours")
-    theirs = diffusers.PRXTransformer2DModel.from_pretrained("ours", low_cpu_mem_usage=False)
+    theirs = load_transformer("ours")
     theirs.save_pretrained("theirs")
     back = model.PRX.from_pretrained("theirs")
     for name, weight in ours.state_dict().items():
@@ -66,21 +69,6 @@ def test_tiny_autoencoders_agree_with_diffusers(channels):
     latents = theirs.encode(images).latents
     torch.testing.assert_close(ours.encode(images), latents, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(ours.decode(99 * latents), theirs.decode(99 * latents).sample)
-
-
-def test_the_sampler_is_that_of_diffusers():
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
-    scheduler.set_timesteps(8)
-
-    def network(x, t, text, mask):
-        return x * t[:, None, None, None]
-
-    noise, text = torch.randn(1, 3, 4, 4), torch.zeros(1, 1, 1)
-    x = noise.clone()
-    for t in scheduler.timesteps:
-        x = scheduler.step(x * t / 1000, t, x).prev_sample
-    info = {"shift": 3.0, "predict": "v", "mask": False, "steps": 8, "guidance": 1.0}
-    torch.testing.assert_close(sample.generate(network, text, text, noise, info), x)
 
 
 @needs_hub_files
@@ -186,6 +174,8 @@ def test_parquet_columns_are_found_or_named(capsys):
     assert "1 x left out: broken or gigantic picture" in output
     with pytest.raises(model.UserError, match="has no column title, but id, img, caption"):
         prepare_hub("rows", capsys, caption_column="title")
+    with pytest.raises(model.UserError, match="user/name is no data set that can be read"):
+        prepare_hub("user/name", capsys)
 
 
 def test_a_stream_that_was_stopped_goes_on_to_the_same_bytes(monkeypatch):
@@ -207,11 +197,6 @@ def test_a_stream_that_was_stopped_goes_on_to_the_same_bytes(monkeypatch):
         assert Path("cut", name).read_bytes() == Path("whole", name).read_bytes(), name
 
 
-def test_a_data_set_that_is_not_there_is_a_sentence():
-    with pytest.raises(model.UserError, match="user/name is no data set that can be read"):
-        hub.main(hub.Settings(source="user/name"))
-
-
 # ------------------------------------------------------------------------------------- teacher.py
 @pytest.mark.parametrize("kind", ["Dinov2", "Dinov2WithRegisters", "DINOv3ViT"])
 def test_features_are_those_of_the_teachers_patches(kind):
@@ -224,28 +209,22 @@ def test_features_are_those_of_the_teachers_patches(kind):
     prepare.prepare(prepare.Settings(limit=70, out="cache"))
     Path("cache/teacher-teacher.partial").write_bytes(b"\0" * 2 * 48 * 16 + b"half a row")
     teacher.main(teacher.Settings("cache", "teacher"))
-    cache = train.Cache("cache", with_teacher=True)
-    latents, _, features = cache.load([0, 9])
-    images = latents[1:] / 127.5 - 1
+    run = train.Run(train.Settings(data="cache", repa=0.5, width=16, batch_size=4), CPU)
+    latents, _, features = run.cache.load([0, 9])
     size = 16 * config.patch_size
-    images = torch.nn.functional.interpolate(images, (size, size), mode="bicubic", antialias=True)
+    how = {"mode": "bicubic", "antialias": True}
+    images = torch.nn.functional.interpolate(latents[1:] / 127.5 - 1, (size, size), **how)
     mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
     tokens = network((images / 2 + 0.5 - mean) / std).last_hidden_state
     patches = tokens[0, 1 + getattr(config, "num_register_tokens", 0) :]  # the class comes first
     wanted = patches.unflatten(0, (4, 4, 4, 4)).mean((1, 3)).permute(2, 0, 1)
     assert torch.nn.functional.cosine_similarity(features[1], wanted, dim=0).min() > 0.98
     assert not features[0].any()  # made before it was stopped
-    how = {"data": "cache", "repa": 0.5, "width": 16, "batch_size": 4}
-    run = train.Run(train.Settings(**how), CPU)
-    assert train.train_step(run, train.make_batch(cache.load(range(4)), run))[1] > 0
+    assert train.train_step(run, train.make_batch(run.cache.load(range(4)), run))[1] > 0
 
 
 # ------------------------------------------------------------------------------------ official.py
-PROMPTS = (
-    "A Red Fox, (quickly) over a “lazy” dog &amp; 50% off...",
-    "Ein grüner Käfer 🙂 " * 30,
-    "",
-)
+PROMPTS = ("A Red Fox, (quickly) over a “lazy” dog &amp; 50% off", "Ein grüner Käfer 🙂 " * 30, "")
 
 
 @pytest.fixture(scope="session")
@@ -258,10 +237,8 @@ def pipe(tmp_path_factory):
     letters.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
     template = {"single": "<bos> $A", "special_tokens": [("<bos>", 2)]}
     letters.post_processor = tokenizers.processors.TemplateProcessing(**template)
-    how = {"bos_token": "<bos>", "pad_token": "<pad>", "unk_token": "<unk>"}
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=letters, model_max_length=256, **how
-    )
+    how = {"bos_token": "<bos>", "pad_token": "<pad>", "tokenizer_object": letters}
+    tokenizer = transformers.PreTrainedTokenizerFast(model_max_length=256, **how)
     sizes = {"vocab_size": len(words), "hidden_size": 48, "intermediate_size": 64, "head_dim": 16}
     sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     config = transformers.T5GemmaConfig(encoder=sizes, decoder=sizes)
@@ -269,16 +246,13 @@ def pipe(tmp_path_factory):
     for parameter in text_encoder.parameters():
         torch.nn.init.normal_(parameter, std=0.4)
     random_prx(in_channels=16, context_in_dim=48, std=0.15).save_pretrained(folder.parent / "prx")
-    how = {"low_cpu_mem_usage": False}
-    transformer = diffusers.PRXTransformer2DModel.from_pretrained(folder.parent / "prx", **how)
+    transformer = load_transformer(folder.parent / "prx")
     vae = diffusers.AutoencoderTiny(latent_channels=16)
     for parameter in vae.decoder.parameters():
         parameter.data *= 1.8
     vae.decoder.layers[-1].bias.data.fill_(0.5)  # neither black nor white
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
-    pipeline = diffusers.PRXPipeline(
-        transformer, scheduler, text_encoder, tokenizer, vae, default_sample_size=64
-    )
+    parts = (diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), text_encoder, tokenizer, vae)
+    pipeline = diffusers.PRXPipeline(transformer, *parts, default_sample_size=64)
     pipeline.save_pretrained(folder)
     config.save_pretrained(folder / "text_encoder")  # the official one is for both halves
     official.main(official.Settings(str(folder), str(folder.parent / "run")))
@@ -316,22 +290,20 @@ def test_an_official_prx_is_fine_tuned_and_drawn_again_in_diffusers(pipe):
     train.train(train.Settings(**how, out="tuned"))
     info = model.read_json("tuned/ema/nanoprx.json")
     assert {info[name] for name in ("predict", "shift", "mask", "steps")} == {"v", 3.0, True, 28}
-    tuned = diffusers.PRXTransformer2DModel.from_pretrained("tuned/ema", low_cpu_mem_usage=False)
-    parts = diffusers.PRXPipeline(**(pipeline.components | {"transformer": tuned}))
+    parts = pipeline.components | {"transformer": load_transformer("tuned/ema")}
+    parts = diffusers.PRXPipeline(**parts)
     ours, theirs = draw_both(parts, "tuned", "A Red Ring", 5.0)
     assert abs(ours - theirs).max() <= 3
     assert abs(ours - draw_both(pipeline, first, "A Red Ring", 5.0)[0]).max() > 3
 
 
-@pytest.mark.parametrize(
-    ("part", "kind"), [("vae", "AutoencoderDC"), ("text_encoder", "Qwen3VLModel")]
-)
-def test_other_pipelines_are_refused_before_a_download(pipe, part, kind):
+def test_other_pipelines_are_refused_before_a_download(pipe):
     shutil.copytree(pipe[1], "pipe", ignore=shutil.ignore_patterns("*.safetensors"))
     index = model.read_json("pipe/model_index.json")
-    model.write_json("pipe/model_index.json", index | {part: ["diffusers", kind]})
-    with pytest.raises(model.UserError, match=kind):
-        official.main(official.Settings("pipe"))
+    for part, kind in (("vae", "AutoencoderDC"), ("text_encoder", "Qwen3VLModel")):
+        model.write_json("pipe/model_index.json", index | {part: ["diffusers", kind]})
+        with pytest.raises(model.UserError, match=kind):
+            official.main(official.Settings("pipe"))
 
 
 def test_the_bench_prints_a_ratio(capsys):
