@@ -45,9 +45,8 @@ class PRXConfig:
 
 
 def rope_table(rows, columns, axes_dim, theta, device):
-    """Cosines and sines (2, rows * columns, d / 2), d = sum(axes_dim), of the 2-D rotary embedding
-    (2104.09864): axes_dim[0] dimensions of a head turn with a token's row, the others with its
-    column."""
+    """Cosines and sines (2, rows * columns, d / 2) of the 2-D rotary embedding (2104.09864): the
+    first axes_dim[0] dimensions of a head turn with a token's row, the others with its column."""
     row = torch.arange(rows, device=device).repeat_interleave(columns)
     column = torch.arange(columns, device=device).repeat(rows)
     angles = []
@@ -107,8 +106,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and a gated MLP; the timestep gives each a shift, a scale and a gate (adaLN-zero
-    of DiT, arXiv 2212.09748)."""
+    """Attention and gated MLP, which the timestep shifts, scales and gates (DiT, 2212.09748)."""
 
     def __init__(self, config):
         super().__init__()
@@ -274,8 +272,7 @@ class Compute:
 
 
 def pick_device(device="auto", dtype="auto"):
-    """The Compute for a device (auto, cpu, cuda, mps) and a type (auto, bf16, fp32): the one
-    place that knows what devices are good at."""
+    """The Compute for a device (auto, cpu, cuda, mps) and a type (auto, bf16, fp32)."""
     if device == "auto":
         device = "mps" if torch.backends.mps.is_available() else "cpu"
         device = "cuda" if torch.cuda.is_available() else device
@@ -330,15 +327,14 @@ def read_json(path):
 
 
 def fetch(source, *patterns):
-    """The folder `source`, or the one with a Hub repository's files of such names. Raises UserError
-    if there is neither."""
+    """The folder `source`, or the one with a Hub repository's files like that. Raises UserError."""
     if Path(source).is_dir():
         return Path(source)
     try:
         return Path(huggingface_hub.snapshot_download(source, allow_patterns=patterns))
     except Exception as error:  # the library passes on the errors of three others
-        hint = "check name and network, and log in (hf auth login) if it is private or gated"
-        raise UserError(f"{source} is no folder, and the Hub does not give it: {hint}") from error
+        hint = "check the name, the network and hf auth login"
+        raise UserError(f"{source} is no folder, and the Hub does not give it; {hint}") from error
 
 
 # ---------------------------------------------------------------------------- pictures to latents
@@ -433,11 +429,9 @@ class Words:
     dim = 3 * 32
 
     def tokenize(self, text):
-        """Its words in lower case, without articles; a word is what stands between other signs than
-        letters, their marks and numbers."""
+        """Its words in lower case, without articles: runs of letters, their marks and numbers."""
         text = unicodedata.normalize("NFC", text.lower())
-        kinds = [unicodedata.category(sign)[0] for sign in text]  # L, M and N are those
-        spaced = [sign if kind in "LMN" else " " for sign, kind in zip(text, kinds, strict=True)]
+        spaced = [sign if unicodedata.category(sign)[0] in "LMN" else " " for sign in text]
         return [word for word in "".join(spaced).split() if word not in ("a", "an", "the")]
 
     def encode(self, captions):

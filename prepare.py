@@ -184,8 +184,7 @@ class LeftOut(Exception):
 
 
 def find_files(folder):
-    """The files in a folder and those below it, sorted, but captions. Hidden files and linked
-    folders are passed over."""
+    """The files in and below a folder, sorted, but captions, hidden files and linked folders."""
     files = []
     for path in sorted(folder.rglob("*")):
         is_hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
@@ -195,8 +194,7 @@ def find_files(folder):
 
 
 def load_file(path, count):
-    """Caption and picture of a file; count says how many pictures there are of a name without its
-    ending. Raises LeftOut."""
+    """Caption and picture of a file; count has how many pictures share a name. Raises LeftOut."""
     captions = [path.with_suffix(each) for each in (".txt", ".TXT", ".caption", ".CAPTION")]
     captions = [caption for caption in captions if caption.exists()]
     if path.suffix.lower() not in ENDINGS:
@@ -235,6 +233,7 @@ def load_picture(data):
 def flag(default, text, low=0, high=float("inf"), **how):
     """A field of a settings class that `run_script` makes a flag: its default, its help, the range
     of a number, and what argparse takes besides. With `nargs` it is positional."""
+    text = f"{text} (default: {default!r})".replace("%", "%%")
     metadata = {"how": how | {"default": default, "help": text}, "range": (low, high)}
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -246,11 +245,11 @@ def run_script(main, settings_class, description):
     parser = argparse.ArgumentParser(None, None, description, formatter_class=formatter)
     fields = dataclasses.fields(settings_class)
     for field in fields:
-        how = field.metadata["how"] | {"type": field.type}
-        how["help"] = f"{how['help']} (default: {field.default!r})".replace("%", "%%")
+        how = dict(field.metadata["how"])
         if field.type is bool:
-            del how["type"]
             how["action"] = "store_true"
+        else:
+            how["type"] = field.type
         prefix = "" if "nargs" in how else "--"
         parser.add_argument(prefix + field.name.replace("_", "-"), **how)
     values = vars(parser.parse_args())
@@ -297,14 +296,13 @@ class Settings:
         name = Path(self.source).resolve().name if self.source else "scenes"
         self.out = self.out or f"data/{name}"
         self.size = self.size or (256 if self.source else 32)
-        self.limit = self.limit or (sys.maxsize if self.source else 20_000)
+        self.limit = self.limit or (0 if self.source else 20_000)
         if self.size % 16:
             raise UserError(f"--size {self.size} is no multiple of 16, the side of a patch")
 
 
 def prepare(settings):
-    """Write the cache of the built-in scenes, or of a folder. Raises UserError where nothing can be
-    used, or the cache was begun with other settings."""
+    """Write the cache of the built-in scenes, or of a folder. Raises UserError as `write_cache`."""
     if not settings.source:
         write_cache(settings, range(settings.limit), partial(draw_scene, size=settings.size))
         return
@@ -315,9 +313,8 @@ def prepare(settings):
 
 def write_cache(settings, items, load):
     """Write a cache, or go on with one. items is any iterable that is the same each time; str(item)
-    names one. load(item) gives its caption and its PIL picture, or raises LeftOut. settings are
-    those of prepare.py. Raises UserError where nothing can be used, the disk is full, or the cache
-    was begun with other settings."""
+    names one, and load(item) gives its caption and its PIL picture, or raises LeftOut. Raises
+    UserError where nothing can be used, the disk is full, or other settings were begun with."""
     out, size = Path(settings.out), settings.size
     names = ("source", "size", "limit", "codec", "text")
     meta = {name: getattr(settings, name) for name in names}
@@ -325,7 +322,7 @@ def write_cache(settings, items, load):
         if path.exists():
             refuse_differences(out, read_json(path), meta)
             meta = read_json(path)
-    if "mean" in meta:
+    if (out / "meta.json").exists():
         print(f"{out} is complete; for other pictures give a new --out")
         return
     compute = model.pick_device(settings.device)
@@ -372,8 +369,8 @@ def map_ahead(function, items, ahead):
 
 
 def load_square(item, load, size):
-    """The name of an item, its caption, its picture (size, size, 3) uint8, cropped to a square, and
-    what is to be said about it. Caption and picture are None if it is left out."""
+    """Name, caption and picture (size, size, 3) uint8, cropped to a square, of an item, and what is
+    to be said about it. Caption and picture are None if it is left out."""
     try:
         caption, picture = load(item)
         caption = " ".join(caption.encode(errors="replace").decode().split())
@@ -388,8 +385,7 @@ def load_square(item, load, size):
 
 @torch.no_grad()
 def encode(batch, meta, codec, text_encoder, compute):
-    """Bytes for the files of a cache, a dict by their names, from captions and pictures (size,
-    size, 3) uint8; meta is brought up to date."""
+    """Bytes for the files of a cache, by name, of captions and pictures; meta is updated."""
     captions, pictures = zip(*batch, strict=True)
     lines = "".join(json.dumps(caption) + "\n" for caption in captions)
     digests = np.array([zlib.crc32(picture) for picture in pictures], np.uint32)
@@ -434,14 +430,11 @@ def read_captions(folder):
 
 
 def finish(out, meta):
-    """Write meta.json, with which a cache is whole, and say what it holds. Raises UserError if that
-    is nothing."""
+    """Write meta.json, with which a cache is whole. Raises UserError if it holds nothing."""
     for note, (count, example) in meta["notes"].items():
         print(f"{count:,} x {note}, such as {example}")
     if meta["count"] == 0:
-        raise UserError(
-            f"{meta['source']} has no picture to use; extras/hub.py reads tars and the Hub"
-        )
+        raise UserError(f"{meta['source']} has no picture to use; for tars see extras/hub.py")
     mean, square = np.array(meta["sums"]) / meta["count"]
     meta |= {"mean": mean.tolist(), "std": np.sqrt((square - mean**2).clip(1e-6)).tolist()}
     write_json(out / "meta.json", meta)

@@ -2,7 +2,7 @@
 
 python sample.py "a red circle left of a blue square"
 python sample.py "a red dress" --run out/photos --n 4 --out dresses/     # single files
-python sample.py --score                             # the prompt accuracy on held-out scenes
+python sample.py --score                         # the prompt accuracy on held-out scenes
 """
 
 import collections
@@ -30,8 +30,7 @@ def generate(network, empty, text, noise, info):
     (B, T, D) has, and beyond (arXiv 2207.12598); a scale of 1 is no guidance. info has `shift`,
     `predict` and `mask`, as the model was trained, `steps` and `guidance`.
     """
-    # diffusers' FlowMatchEulerDiscreteScheduler shifts the last time twice. So do we, so that
-    # official models draw the same pictures.
+    # As in diffusers' scheduler the last time is shifted twice, so that official models draw alike.
     lowest = shift_time(torch.tensor(0.001), info["shift"]).item()
     times = shift_time(torch.linspace(1, lowest, info["steps"]), info["shift"])
     times = torch.cat((times, torch.zeros(1))).to(noise.device)
@@ -175,8 +174,7 @@ def check(picture, scene):
     shown = [{*thing[:3]} for thing in found.things]
     orders = [zip(told, shown, strict=False), zip(told, reversed(shown), strict=False)]
     is_bound = any(all(words <= others for words, others in order) for order in orders)
-    # Nothing else may be in the picture: at most 1% of its pixels are off by 110 of RGB from a
-    # clean drawing of what was found.
+    # At most 1% of the pixels are off by 110 of RGB from a clean drawing of what was found.
     error = np.linalg.norm(picture - prepare.render(found, len(picture)).astype(float), axis=-1)
     result["all"] = all(result.values()) and is_bound and bool(np.mean(error > 110) < 0.01)
     return result

@@ -3,8 +3,8 @@
     torchrun train.py                                     # the built-in scenes, minutes on a laptop
     torchrun --nproc_per_node=8 train.py --data data/photos --batch-size 1024
 
-The same command again goes on where the run stopped. The folder of a run, out/scenes, holds
-`ckpt.pt`, `ema/` (the averaged weights, to sample with), `log.csv`, `samples/`, `learning.gif`.
+The same command again goes on where the run stopped. The folder of a run, out/scenes, has ckpt.pt,
+ema/ (the averaged weights, to sample with), log.csv, samples/ and learning.gif.
 """
 
 import collections
@@ -107,9 +107,8 @@ class Cache:
         return np.asarray(np.memmap(self.folder / name, dtype, "r", shape=tuple(map(int, shape))))
 
     def split(self, share):
-        """The indices of the examples to train on, and of those held out: a share, at most about
-        1,024. A hash of the pixels decides, so that equal pictures are on the same side. Fewer than
-        four would tell nothing; then none is held out."""
+        """The indices of examples to train on, and of those held out: a share, at most about 1,024.
+        A hash of pixels decides, so that equal pictures are on one side. None is, if under four."""
         share = min(share, 1024 / len(self.digests))
         is_held_out = self.digests < share * 2**32  # hashes are uniform
         if not 4 <= is_held_out.sum() < len(is_held_out):
@@ -212,8 +211,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def newton_schulz(x):
-    """Bring the singular values of matrices x (N, rows, columns) near 1, by five steps of a
-    polynomial in x that moves them there."""
+    """Move the singular values of matrices x (N, rows, columns) near 1, by a polynomial in x."""
     is_tall = x.shape[1] > x.shape[2]
     x = x.mT if is_tall else x  # the smaller Gram matrix
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
@@ -225,8 +223,8 @@ def newton_schulz(x):
 
 
 def make_optimizers(network, settings, compute):
-    """AdamW, and Muon for the matrices that a block's tokens go through (PRX: modulation, too): a
-    dict by the settings that are their learning rates."""
+    """AdamW, and Muon for the matrices that tokens go through in blocks (PRX: modulation, too), in
+    a dict by the settings that are their learning rates."""
     rest, matrices = [], []
     for name, p in network.named_parameters():
         is_matrix = name.startswith("blocks.") and p.ndim == 2 and "modulation" not in name
@@ -336,8 +334,7 @@ def train_step(run, batch):
 
 @torch.no_grad()
 def validate(run):
-    """The loss of held-out examples by the averaged weights, 0 if there are none. Noise and
-    timesteps are fixed: only the weights make a difference."""
+    """The held-out loss of the averaged weights, 0 if none is held out; noise and t are fixed."""
     losses, at_once = [], pictures_at_once(run.info["latent_shape"])
     for first in range(0, len(run.held_out), at_once):
         examples = run.cache.load(run.held_out[first : first + at_once])
@@ -413,8 +410,7 @@ class Run:
 
     def measure(self, results, seconds):
         """Add a row to the log: means over steps and processes of `train_step`'s results, learning
-        rates, and the speed of these steps, which took so many seconds. Raises UserError if a mean
-        is infinite or nan."""
+        rates, and the speed of these steps. Raises UserError if a mean is infinite or nan."""
         means = torch.stack(results).mean(0)
         if self.world_size > 1:
             dist.all_reduce(means)
@@ -447,9 +443,8 @@ def save_grid(run):
 def save_film(run):
     """Make learning.gif of the run's grids in samples/."""
     paths = [run.folder / "samples" / f"step_{row['step']:06d}.png" for row in run.rows]
-    # A GIF has 256 colours. This method keeps those of small things true, too.
-    how = {"method": Image.Quantize.FASTOCTREE}
-    sheets = [Image.open(path).quantize(**how) for path in paths if path.exists()]
+    # A GIF has 256 colours. The method FASTOCTREE, 2, keeps those of small things true, too.
+    sheets = [Image.open(path).quantize(method=2) for path in paths if path.exists()]
     if sheets:  # unless the user has deleted them
         durations = [400] * (len(sheets) - 1) + [2000]  # in milliseconds
         how = {"save_all": True, "append_images": sheets[1:], "duration": durations, "loop": 0}
@@ -459,9 +454,8 @@ def save_film(run):
 
 # ------------------------------------------------------------------------------------ the main part
 def join_processes(settings, device):
-    """The rank of this process and the number of processes, which meet here if torchrun started
-    several. The first draws the built-in scenes, if they are wanted and not there. Raises UserError
-    if a batch cannot be shared."""
+    """The rank of this process and the number of those that torchrun started. The first draws the
+    built-in scenes, if they are not there. Raises UserError if a batch cannot be shared."""
     rank, world_size = int(os.getenv("RANK", "0")), int(os.getenv("WORLD_SIZE", "1"))
     if settings.batch_size % world_size:
         raise UserError(f"--batch-size is no multiple of the {world_size} processes")
@@ -510,14 +504,13 @@ def handle_signals(handler):
 
 
 def train_loop(run):
-    """Steps until the last or until told to stop, with samples and checkpoints. Returns whether it
-    was told to stop."""
+    """Steps, samples and checkpoints until the end, or until told to stop: then it returns True."""
     settings, device, is_first = run.settings, run.compute.device, run.rank == 0
     stop_asked = threading.Event()
     handle_signals(lambda number, frame: stop_asked.set())
     indices = index_batches(run.trained, settings, run.step, run.rank, run.world_size)
-    disable = None if is_first else True  # None: shown on a terminal only
-    bar = tqdm(total=settings.steps, initial=run.step, disable=disable)
+    hidden = None if is_first else True  # None: shown on a terminal only
+    bar = tqdm(total=settings.steps, initial=run.step, disable=hidden)
     results, began = [], time.perf_counter()  # of the steps since the last row of the log
     for examples in prepare.map_ahead(run.cache.load, indices, 1):
         batch = make_batch([example.to(device) for example in examples], run)

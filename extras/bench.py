@@ -8,7 +8,6 @@ needs over the rate of one large product of matrices on this device, as measured
 """
 
 import dataclasses
-import itertools
 import math
 import statistics
 import sys
@@ -46,11 +45,11 @@ def measure_matrix_rate(compute):
     """The FLOP/s of a large product of matrices."""
     side = 8192 if compute.device.type == "cuda" else 1024
     x = torch.randn(side, side, device=compute.device).to(compute.dtype)
-    times = [time.perf_counter()]
+    (x @ x)[0, 0].item()  # which waits for the device
+    started = time.perf_counter()
     for _ in range(5):
-        (x @ x)[0, 0].item()  # which waits for the device
-        times.append(time.perf_counter())
-    return 2 * side**3 / min(after - before for before, after in itertools.pairwise(times))
+        (x @ x)[0, 0].item()
+    return 5 * 2 * side**3 / (time.perf_counter() - started)
 
 
 def count_flops(network, inputs, compute):
@@ -93,7 +92,6 @@ def main(settings):
     sizes = {"in_channels": 3, "patch_size": 8, "context_in_dim": 96, "bottleneck_size": 64}
     sizes |= {"hidden_size": settings.width, "depth": settings.depth, "num_heads": heads}
     config = model.PRXConfig(**sizes, mlp_ratio=3.0, axes_dim=(half, half), theta=100)
-    torch.manual_seed(0)
     inputs = (torch.randn(batch, 3, 8 * side, 8 * side), torch.rand(batch))
     inputs = [x.to(compute.device) for x in (*inputs, torch.randn(batch, settings.text_tokens, 96))]
     kept = max(1, round(side**2 * (1 - settings.route)))
@@ -102,7 +100,6 @@ def main(settings):
     ours = model.PRX(config).to(compute.device)
     theirs = PRXTransformer2DModel(**dataclasses.asdict(config)).to(compute.device)
     both = {"nanoPRX": (ours, routed), "diffusers": (theirs, inputs)}
-    flops = {name: count_flops(*each, compute) for name, each in both.items()}
     steps = {name: make_step(*each, settings, compute) for name, each in both.items()}
     rate, seconds = measure_matrix_rate(compute), {name: [] for name in steps}
     for number in range(settings.pairs + 2):
@@ -111,13 +108,12 @@ def main(settings):
             step()
             if number >= 2:  # the first two warm up, and compile
                 seconds[name].append(time.perf_counter() - started)
-    count = sum(parameter.numel() for parameter in ours.parameters())
     print(f"torch {torch.__version__} {compute.device.type} {compute.dtype}, {rate:.3g} FLOP/s")
-    print(f"{count:,} parameters, {side**2} + {settings.text_tokens} tokens, batch {batch}")
+    print(f"{side**2} + {settings.text_tokens} tokens, batch {batch}")
     print(f"{'':12}{'ms a step':>10}{'pictures/s':>12}{'MFU':>7}")
     for name, times in seconds.items():
         median = statistics.median(times)
-        share = flops[name] / median / rate
+        share = count_flops(*both[name], compute) / median / rate
         print(f"{name:12}{1000 * median:10.1f}{batch / median:12,.0f}{share:7.1%}")
     if compute.device.type == "cuda":
         print(f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB at most, with both networks there")

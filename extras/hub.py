@@ -60,7 +60,7 @@ def load(item):
         raise caption or LeftOut("no caption, or one that is no text")
     try:
         return caption, prepare.load_picture(read(item.picture))
-    except (OSError, TypeError):
+    except (OSError, AttributeError, TypeError):
         raise LeftOut("no picture, or one that cannot be read") from None
 
 
@@ -148,8 +148,8 @@ def open_dataset(settings):
 
 def read_rows(rows, settings):
     """The Items of a stream of rows. Raises UserError if a column is not there."""
-    first = list(itertools.islice(rows, 100))
-    names = list(first[0]) if first else []
+    first = [*itertools.islice(rows, 100)]
+    names = [*first[0]] if first else []
     pictures = [name for name in names if any(is_picture(row[name]) for row in first)]
     captions = [name for name in (*CAPTIONS, "json") if name in names]
     image_column = settings.image_column or [*pictures, "image"][0]

@@ -31,7 +31,6 @@ class Settings:
 
     data: str = flag("data/scenes", "a cache that prepare.py wrote", nargs="?")
     teacher: str = flag("facebook/dinov2-small", "a folder or Hub repository", nargs="?")
-    device: str = flag("auto", "the best there is", choices=("auto", "cpu", "cuda", "mps"))
 
 
 def compute_features(network, images, side):
@@ -39,8 +38,8 @@ def compute_features(network, images, side):
     so that there are at least 16 x 16 patches, over which the features are averaged. Tokens that
     are no patches, of the class and registers, come first and are taken off."""
     count = side * math.ceil(16 / side)  # of patches in a row
-    size, shrinks = count * network.config.patch_size, images.shape[3] > count
-    images = F.interpolate(images, (size, size), mode="bicubic", antialias=shrinks)
+    size = count * network.config.patch_size
+    images = F.interpolate(images, (size, size), mode="bicubic", antialias=True)
     mean = images.new_tensor([0.485, 0.456, 0.406])[:, None, None]  # ImageNet's
     std = images.new_tensor([0.229, 0.224, 0.225])[:, None, None]
     tokens = network((images / 2 + 0.5 - mean) / std).last_hidden_state
@@ -57,7 +56,7 @@ def main(settings):
         raise UserError(f"{folder} has the features of {meta['teacher']} already")
     from transformers import AutoModel
 
-    compute = model.pick_device(settings.device)
+    compute = model.pick_device()
     codec = model.load_codec(meta["codec"], compute)
     files = model.fetch(settings.teacher, "config.json", "*.safetensors")
     network = AutoModel.from_pretrained(files).float().to(compute.device).eval()
@@ -65,11 +64,10 @@ def main(settings):
     shape = (network.config.hidden_size, side, side)
     row_size = 2 * math.prod(shape)
     path = folder / f"teacher-{settings.teacher.replace('/', '-')}.partial"
-    with open(path, "ab") as file, tqdm(total=meta["count"], disable=None) as bar:
+    with open(path, "ab") as file:
         done = file.tell() // row_size  # whole rows, if one was stopped
         file.truncate(done * row_size)
-        bar.update(done)
-        for first in range(done, meta["count"], 64):
+        for first in tqdm(range(done, meta["count"], 64), unit=" batches", disable=None):
             numbers = range(first, min(first + 64, meta["count"]))
             latents = cache.load(numbers)[0].to(compute.device)
             if latents.dtype == torch.uint8:
@@ -78,13 +76,11 @@ def main(settings):
                 images = codec.decode(latents.float()).float().clamp(-1, 1)
                 features = compute_features(network, images, side)
             file.write(features.half().cpu().numpy().tobytes())
-            bar.update(len(numbers))
         file.flush()
         os.fsync(file.fileno())
     os.replace(path, folder / "teacher.bin")
-    model.write_json(
-        folder / "meta.json", meta | {"teacher": settings.teacher, "teacher_shape": shape}
-    )
+    meta |= {"teacher": settings.teacher, "teacher_shape": shape}
+    model.write_json(folder / "meta.json", meta)
     print(f"{folder}/teacher.bin holds features of shape {shape}; train.py --repa 0.5 uses them")
 
 

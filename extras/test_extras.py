@@ -35,27 +35,23 @@ MINI = "sentence-transformers/all-MiniLM-L6-v2"
 
 
 def load_transformer(folder):
-    """Our weights in diffusers' network."""
     return diffusers.PRXTransformer2DModel.from_pretrained(folder, low_cpu_mem_usage=False)
 
 
 # --------------------------------------------------------------- the four scripts against others
 @pytest.mark.parametrize("case", [0, 1, 2])
 def test_prx_agrees_with_diffusers_and_weights_go_both_ways(case):
-    sizes, shape, length = (
-        ({"in_channels": 3, "patch_size": 8, "bottleneck_size": 16}, (32, 32), 5),
-        ({"in_channels": 4, "patch_size": 1, "num_heads": 3}, (5, 9), 1),
-        ({"in_channels": 16, "num_heads": 4, "axes_dim": (4, 8)}, (8, 12), 17),
-    )[case]
+    cases = [({"in_channels": 3, "patch_size": 8, "bottleneck_size": 16}, (32, 32), 5)]
+    cases += [({"in_channels": 4, "patch_size": 1, "num_heads": 3}, (5, 9), 1)]
+    cases += [({"in_channels": 16, "num_heads": 4, "axes_dim": (4, 8)}, (8, 12), 17)]
+    sizes, shape, length = cases[case]
     ours = random_prx(**sizes)
     ours.save_pretrained("ours")
     theirs = load_transformer("ours")
     theirs.save_pretrained("theirs")
-    back = model.PRX.from_pretrained("theirs")
-    for name, weight in ours.state_dict().items():
-        assert torch.equal(weight, back.state_dict()[name])
-    x, t = torch.randn(2, ours.config.in_channels, *shape), torch.rand(2)
-    text = torch.randn(2, length, 24)
+    back, t = model.PRX.from_pretrained("theirs"), torch.rand(2)
+    torch.testing.assert_close(back.state_dict(), ours.state_dict(), rtol=0, atol=0)
+    x, text = torch.randn(2, sizes["in_channels"], *shape), torch.randn(2, length, 24)
     for mask in (None, torch.arange(length) < torch.tensor([[1], [length]])):
         expected = theirs(x, t, text, attention_mask=mask).sample
         torch.testing.assert_close(back(x, t, text, mask), expected, rtol=1e-5, atol=1e-5)
@@ -77,9 +73,7 @@ def test_a_real_text_encoder_gives_unpadded_embeddings_cut_to_256_tokens():
     captions = ["", "a red fox", " ".join(["a red fox on"] * 90)]
     embeddings = ours.encode(captions)
     assert [len(each) for each in embeddings] == [2, 5, 256]
-    assert len(ours.tokenize(captions[2])) > 256
-    tokenizer = transformers.AutoTokenizer.from_pretrained(MINI)
-    inputs = tokenizer("a red fox", return_tensors="pt")
+    inputs = ours.tokenizer("a red fox", return_tensors="pt")
     theirs = transformers.AutoModel.from_pretrained(MINI)(**inputs).last_hidden_state[0]
     torch.testing.assert_close(embeddings[1], theirs, rtol=1e-4, atol=1e-4)
 
@@ -140,10 +134,8 @@ def test_captions_in_a_tar_are_paired_never_guessed(capsys):
     assert set(captions) == wanted and len(captions) == 5, output
     assert "2 x left out: two pictures for one caption" in output
     assert "1 x left out: no .txt or .json beside it, such as shard.tar/a/x.mask.png" in output
-    assert "1 x left out: broken or gigantic picture" in output
     assert "1 x left out: caption that is not UTF-8 or not JSON" in output
-    data = Path("shard.tar").read_bytes()
-    Path("shard.tar").write_bytes(data[: len(data) // 2 // 512 * 512 + 100])
+    os.truncate("shard.tar", os.path.getsize("shard.tar") // 2)
     assert "what stands before is read" in prepare_hub("shard.tar", capsys)[1]
 
 
@@ -235,8 +227,8 @@ def pipe(tmp_path_factory):
     vocabulary = {word: number for number, word in enumerate(words)}
     letters = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, "<unk>"))
     letters.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
-    template = {"single": "<bos> $A", "special_tokens": [("<bos>", 2)]}
-    letters.post_processor = tokenizers.processors.TemplateProcessing(**template)
+    template = ("<bos> $A", None, [("<bos>", 2)])
+    letters.post_processor = tokenizers.processors.TemplateProcessing(*template)
     how = {"bos_token": "<bos>", "pad_token": "<pad>", "tokenizer_object": letters}
     tokenizer = transformers.PreTrainedTokenizerFast(model_max_length=256, **how)
     sizes = {"vocab_size": len(words), "hidden_size": 48, "intermediate_size": 64, "head_dim": 16}
@@ -279,17 +271,14 @@ def test_an_official_pipeline_draws_as_in_diffusers(pipe, guidance):
 
 def test_an_official_prx_is_fine_tuned_and_drawn_again_in_diffusers(pipe):
     pipeline, folder = pipe
-    for number in range(8):
-        caption, picture = prepare.draw_scene(number, 64)
-        write_files({f"photos/{number}.txt": caption})
-        picture.save(f"photos/{number}.png")
+    write_files({"photos/a.png": encode_picture(), "photos/a.txt": "a picture"})
     how = {"size": 64, "codec": str(folder / "vae"), "text": str(folder), "out": "data"}
     prepare.prepare(prepare.Settings("photos", **how))
     first = str(folder.parent / "run")
-    how = {"data": "data", "init": first, "steps": 2, "batch_size": 8, "warmup": 1, "lr": 2e-3}
+    how = {"data": "data", "init": first, "steps": 2, "batch_size": 8, "warmup": 1}
     train.train(train.Settings(**how, out="tuned"))
     info = model.read_json("tuned/ema/nanoprx.json")
-    assert {info[name] for name in ("predict", "shift", "mask", "steps")} == {"v", 3.0, True, 28}
+    assert [info[name] for name in ("predict", "shift", "mask", "steps")] == ["v", 3.0, True, 28]
     parts = pipeline.components | {"transformer": load_transformer("tuned/ema")}
     parts = diffusers.PRXPipeline(**parts)
     ours, theirs = draw_both(parts, "tuned", "A Red Ring", 5.0)
