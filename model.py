@@ -153,7 +153,7 @@ class PRX(nn.Module):
             if "modulation" in name or "final_layer" in name:
                 nn.init.zeros_(parameter)  # blocks begin as the identity, the output as 0
         # TREAD routes blocks 2 to 12 of 16, as in PRX; 2 to 6 of 8, and 1 of 3.
-        self.routed = range(min(2, depth // 3), depth - max(1, depth // 5))
+        self.routed = range(min(2, depth // 3), max(1, depth - max(1, depth // 5)))
         self.repa_block = (depth - 1) // 2  # which is a routed one
         self.projector = None
         if repa_dim is not None:
@@ -276,6 +276,8 @@ def pick_device(device="auto", dtype="auto"):
     if device == "auto":
         device = "mps" if torch.backends.mps.is_available() else "cpu"
         device = "cuda" if torch.cuda.is_available() else device
+    if device != "cpu" and not getattr(torch, device).is_available():
+        raise UserError(f"--device {device} is not there, or PyTorch was built without it")
     best = "fp32"
     if device == "cuda":
         torch.cuda.set_device(int(os.getenv("LOCAL_RANK", "0")))  # which torchrun sets
@@ -333,8 +335,7 @@ def fetch(source, *patterns):
     try:
         return Path(huggingface_hub.snapshot_download(source, allow_patterns=patterns))
     except Exception as error:  # the library passes on the errors of three others
-        hint = "check the name, the network and hf auth login"
-        raise UserError(f"{source} is no folder, and the Hub does not give it; {hint}") from error
+        raise UserError(f"{source} is no folder, nor on the Hub; train it or log in") from error
 
 
 # ---------------------------------------------------------------------------- pictures to latents

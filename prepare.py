@@ -265,7 +265,7 @@ def run_script(main, settings_class, description):
     except ModuleNotFoundError as error:
         sys.exit(f"{parser.prog}: {error}; pip install {error.name.split('.')[0]}")
     except (MemoryError, torch.OutOfMemoryError) as error:
-        sys.exit(f"{parser.prog}: out of memory; train.py has --micro-batch for that: {error}")
+        sys.exit(f"{parser.prog}: out of memory; take fewer at once, or smaller ones: {error}")
     except KeyboardInterrupt:
         sys.exit(f"{parser.prog}: stopped; the same command goes on")
 
@@ -276,7 +276,9 @@ def refuse_differences(folder, old, new):
     changed = [key for key in new if old.get(key, new[key]) != new[key]]
     if changed:
         told = "; ".join(f"{key} was {old[key]!r} and is now {new[key]!r}" for key in changed)
-        raise UserError(f"{folder} was begun with other settings: {told}; give a new --out")
+        raise UserError(
+            f"{folder} was begun with other settings: {told}; delete it or give a new --out"
+        )
 
 
 # -------------------------------------------------------------------------------------- the cache
@@ -349,7 +351,7 @@ def write_cache(settings, items, load):
             if len(batch) == batch_size:
                 append(out, encode(batch, meta, codec, text_encoder, compute), meta)
                 batch = []
-            if meta["count"] == settings.limit:
+            if meta["count"] and meta["count"] == settings.limit:  # a limit of 0 is none
                 break
     if batch:
         append(out, encode(batch, meta, codec, text_encoder, compute), meta)
@@ -434,7 +436,7 @@ def finish(out, meta):
     for note, (count, example) in meta["notes"].items():
         print(f"{count:,} x {note}, such as {example}")
     if meta["count"] == 0:
-        raise UserError(f"{meta['source']} has no picture to use; for tars see extras/hub.py")
+        raise UserError(f"{meta['source']} has no picture to use; extras/hub.py reads other sets")
     mean, square = np.array(meta["sums"]) / meta["count"]
     meta |= {"mean": mean.tolist(), "std": np.sqrt((square - mean**2).clip(1e-6)).tolist()}
     write_json(out / "meta.json", meta)

@@ -215,7 +215,7 @@ class Settings:
     n: int = flag(1, "pictures for each prompt", 1)
     steps: int = flag(None, "Euler steps; none: as the run says, 20", 1)
     guidance: float = flag(None, "guidance scale, 1 is none; none: as the run says, 2")
-    seed: int = flag(0, "of the first picture of each prompt; the next has seed + 1")
+    seed: int = flag(0, "of the first picture of a prompt; the next has seed + 1", 0, 2**32)
     score: bool = flag(False, "report the prompt accuracy on held-out scenes instead")
     device: str = flag("auto", "the best there is", choices=("auto", "cpu", "cuda", "mps"))
 
@@ -241,7 +241,7 @@ def sample(settings):
     pictures = draw(network, info, compute, embeddings, seeds)
     out, columns = Path(settings.out), min(settings.n if settings.n > 1 else 6, len(prompts), 8)
     files = {out / f"{number:04d}.png": each for number, each in enumerate(pictures)}
-    if out.suffix == ".png":
+    if out.suffix.lower() == ".png":
         files = {out: np.asarray(grid(pictures, prompts, columns))}
     for path, picture in files.items():
         with whole_file(path) as file:

@@ -72,8 +72,7 @@ class Settings:
         self.out = self.out or f"out/{Path(self.data).resolve().name}"
         if self.warmup > self.steps:
             raise UserError(f"--warmup {self.warmup} is longer than the run of {self.steps} steps")
-        names = ("patch_size", "width", "depth", "mlp_ratio", "bottleneck", "predict", "shift")
-        for name in names:
+        for name in ("patch_size", "width", "depth", "mlp_ratio", "bottleneck", "predict", "shift"):
             if self.init and getattr(self, name) != getattr(Settings, name):
                 raise UserError(f"--init has a {name} of its own; leave the flag for it out")
 
@@ -400,11 +399,12 @@ class Run:
     def load(self):
         """Go on from the checkpoint. Raises UserError if it is of another run, or broken."""
         path = self.folder / "ckpt.pt"
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if not {"fixed", "rows", *self.parts} <= state.keys():
-            raise UserError(f"{path} is of another version or program; use a new --out")
-        prepare.refuse_differences(self.folder, state["fixed"], self.fixed())
-        self.step, self.rows = state["step"], state["rows"]
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            fixed, self.step, self.rows = (state[name] for name in ("fixed", "step", "rows"))
+        except Exception as error:  # of torch.load come many
+            raise UserError(f"{path} is broken or of another program; use a new --out") from error
+        prepare.refuse_differences(self.folder, fixed, self.fixed())
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
 
@@ -468,10 +468,8 @@ def join_processes(settings, device):
 
 
 def train(settings):
-    """Train as the settings say, or go on with what is in the run's folder.
-
-    Raises UserError where data are missing, the folder holds another run, or the loss is infinite.
-    """
+    """Train as the settings say, or go on with what is in the run's folder. Raises UserError where
+    data are missing, the folder holds another run, or the loss is infinite."""
     compute = pick_device(settings.device, settings.dtype)
     compiler = "gcc" if compute.device.type == "cuda" else "g++"
     if settings.compile and not (shutil.which(compiler) or shutil.which("clang")):
@@ -480,8 +478,8 @@ def train(settings):
     run = Run(settings, compute, rank, world_size)
     if rank == 0:
         write_log(run)
-        parameters = sum(weight.numel() for weight in run.model.parameters())
-        print(f"{parameters:,} parameters on {world_size} x {compute.device.type}, {compute.dtype}")
+        size = sum(weight.numel() for weight in run.model.parameters())
+        print(f"{size:,} parameters on {world_size} x {compute.device.type}, {compute.dtype}")
         print(f"{len(run.trained):,} pictures, {len(run.held_out):,} held out; step {run.step:,}")
     was_stopped = train_loop(run)
     if rank == 0 and was_stopped:
@@ -509,8 +507,7 @@ def train_loop(run):
     stop_asked = threading.Event()
     handle_signals(lambda number, frame: stop_asked.set())
     indices = index_batches(run.trained, settings, run.step, run.rank, run.world_size)
-    hidden = None if is_first else True  # None: shown on a terminal only
-    bar = tqdm(total=settings.steps, initial=run.step, disable=hidden)
+    bar = tqdm(total=settings.steps, initial=run.step, disable=None if is_first else True)
     results, began = [], time.perf_counter()  # of the steps since the last row of the log
     for examples in prepare.map_ahead(run.cache.load, indices, 1):
         batch = make_batch([example.to(device) for example in examples], run)

@@ -57,7 +57,7 @@ def load(item):
     if isinstance(caption, list):  # the longest tells most
         caption = max((each for each in caption if isinstance(each, str)), key=len, default=None)
     if not isinstance(caption, str):
-        raise caption or LeftOut("no caption, or one that is no text")
+        raise caption if isinstance(caption, LeftOut) else LeftOut("caption that is no text")
     try:
         return caption, prepare.load_picture(read(item.picture))
     except (OSError, AttributeError, TypeError):
