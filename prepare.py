@@ -341,6 +341,8 @@ def write_cache(settings, items, load):
     batch, batch_size = [], max(1, 2**22 // size**2)  # pictures of 4 million pixels together
     with tqdm(total=total, initial=meta["seen"], unit=" pictures", disable=None) as bar:
         for name, caption, picture, note in map_ahead(load_one, remaining, 64):
+            if 0 < settings.limit <= meta["count"]:  # a limit of 0 is none
+                break
             bar.update()
             meta["seen"] += 1
             if note is not None:
@@ -351,8 +353,6 @@ def write_cache(settings, items, load):
             if len(batch) == batch_size:
                 append(out, encode(batch, meta, codec, text_encoder, compute), meta)
                 batch = []
-            if meta["count"] and meta["count"] == settings.limit:  # a limit of 0 is none
-                break
     if batch:
         append(out, encode(batch, meta, codec, text_encoder, compute), meta)
     finish(out, meta)
