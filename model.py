@@ -152,7 +152,7 @@ class PRX(nn.Module):
         for name, parameter in self.named_parameters():
             if "modulation" in name or "final_layer" in name:
                 nn.init.zeros_(parameter)  # blocks begin as the identity, the output as 0
-        # TREAD routes blocks 2 to 12 of 16, as in PRX; 2 to 6 of 8, and 1 of 3.
+        # TREAD routes blocks 2 to 12, from 0 on, of 16, as in PRX; 2 to 6 of 8, and 1 of 3.
         self.routed = range(min(2, depth // 3), max(1, depth - max(1, depth // 5)))
         self.repa_block = (depth - 1) // 2  # which is a routed one
         self.projector = None
@@ -209,7 +209,7 @@ class PRX(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder):
-        """The model in a folder of diffusers' layout. Raises UserError if it holds none."""
+        """The model in a folder of diffusers' layout. Raises UserError if it has no config.json."""
         saved = read_json(Path(folder) / "config.json")
         names = PRXConfig.__annotations__.keys() & saved.keys()
         config = PRXConfig(**{name: saved[name] for name in names})
@@ -245,8 +245,8 @@ def shift_time(t, shift):
 
 
 def sample_timesteps(n, shift, generator):
-    """n timesteps in [0.001, 1]: sigmoids of a normal (SD3), but three in ten uniform (PRX: one),
-    shifted. Chance only moves an even grid along, which calms the loss (VDM, arXiv 2107.00630)."""
+    """n timesteps in [0.001, 1], shifted: sigmoids of a normal (SD3), but 3 in 10 uniform (PRX: 1).
+    Both come of an even grid that chance moves along, which calms the loss (VDM, 2107.00630)."""
     device = generator.device
     start = torch.rand(1, generator=generator, device=device)
     uniform = (torch.arange(n, device=device) / n + start) % 1

@@ -300,7 +300,7 @@ class Settings:
         self.size = self.size or (256 if self.source else 32)
         self.limit = self.limit or (0 if self.source else 20_000)
         if self.size % 16:
-            raise UserError(f"--size {self.size} is no multiple of 16, the side of a patch")
+            raise UserError(f"--size {self.size} is no multiple of 16, as patches need it")
 
 
 def prepare(settings):

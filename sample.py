@@ -26,9 +26,9 @@ from prepare import Scene, Thing, caption, coverage, flag, random_scene
 def generate(network, empty, text, noise, info):
     """Latents from noise (B, C, H, W), by Euler steps along the velocity.
 
-    The velocity goes from that of the empty caption (1, T, D) to that of the prompts, which text
-    (B, T, D) has, and beyond (arXiv 2207.12598); a scale of 1 is no guidance. info has `shift`,
-    `predict` and `mask`, as the model was trained, `steps` and `guidance`.
+    The velocity is v_empty + guidance (v_prompt - v_empty) (arXiv 2207.12598): of the empty caption
+    (1, T, D), which dropped captions taught, and of the prompts, text (B, T, D). 1 is no guidance.
+    info has `shift`, `predict` and `mask`, as the model was trained, `steps` and `guidance`.
     """
     # As in diffusers' scheduler the last time is shifted twice, so that official models draw alike.
     lowest = shift_time(torch.tensor(0.001), info["shift"]).item()
@@ -40,8 +40,8 @@ def generate(network, empty, text, noise, info):
     for t, next_t in itertools.pairwise(times):
         x_in, t_in = torch.cat((x, x)), t.expand(2 * len(x))  # without and with prompts in a batch
         v = velocity(network(x_in, t_in, text, mask).float(), x_in, t_in, info["predict"])
-        v_empty, v = v.chunk(2)
-        x = x + (next_t - t) * (v_empty + info["guidance"] * (v - v_empty))
+        v_empty, v_prompt = v.chunk(2)
+        x = x + (next_t - t) * (v_empty + info["guidance"] * (v_prompt - v_empty))
     return x
 
 
@@ -52,8 +52,8 @@ def text_mask(text, info):
 
 
 def load_run(source):
-    """The network of a run, and its info: what it takes to `draw` with it. source is
-    the folder of a run, its `ema/`, or a copy of that on the Hub. Raises UserError."""
+    """The network of a run, and its info: what it takes to `draw` with it. source is the folder of
+    a run, its `ema/`, or a copy of that on the Hub. Raises UserError."""
     folder = model.fetch(source, "*.json", model.WEIGHTS)
     if (folder / "ema").is_dir():
         folder = folder / "ema"

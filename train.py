@@ -57,7 +57,7 @@ class Settings:
     repa: float = flag(0.0, "weight of REPA, with extras/teacher.py (PRX: 0.5, FID 14.64)")
     route: float = flag(0.0, "share of tokens that skip blocks (TREAD; PRX: 0.5)", 0, 0.95)
     caption_dropout: float = flag(0.1, "share of captions left empty (PRX: 0.1)", 0, 1)
-    optimizer: str = flag("muon", "FID of PRX: 15.55, 18.20", choices=("muon", "adamw"))
+    optimizer: str = flag("muon", "PRX's FID: 15.55, 18.20", choices=("muon", "adamw"))
     muon_lr: float = flag(5e-3, "learning rate of Muon (PRX: 1e-4)")
     lr: float = flag(3e-3, "learning rate of AdamW (PRX: 1e-4)")
     warmup: int = flag(30, "steps of linear warm-up (PRX: 1,000)")
@@ -107,7 +107,7 @@ class Cache:
 
     def split(self, share):
         """The indices of examples to train on, and of those held out: a share, at most about 1,024.
-        A hash of pixels decides, so that equal pictures are on one side. None is, if under four."""
+        A hash of pixels decides, so that equal pictures are on one side. Fewer than 4 are none."""
         share = min(share, 1024 / len(self.digests))
         is_held_out = self.digests < share * 2**32  # hashes are uniform
         if not 4 <= is_held_out.sum() < len(is_held_out):
@@ -295,7 +295,7 @@ def compute_loss(network, batch, info, t_floor):
 
 
 def learning_rate_factor(step, settings):
-    """Linear warm-up from 0 to 1, and a linear cool-down to 0 at the end."""
+    """Linear warm-up to 1, and a linear cool-down almost to 0 at the end."""
     warmup = (step + 1) / max(1, settings.warmup)
     cooldown = (settings.steps - step) / max(1, settings.cooldown * settings.steps)
     return min(1, warmup, cooldown)
@@ -418,14 +418,13 @@ class Run:
         if not all(map(math.isfinite, means)):
             raise UserError(f"the loss is infinite at step {self.step}; begin anew, lower --lr")
         row = {"step": self.step, "loss": means[0], "repa_loss": means[1], "grad_norm": means[2]}
-        for name, optimizer in self.optimizers.items():
-            row[name] = optimizer.param_groups[0]["lr"]
+        row |= {name: each.param_groups[0]["lr"] for name, each in self.optimizers.items()}
         row["pictures_per_second"] = len(results) * self.settings.batch_size / seconds
         self.rows.append(row | {"held_out_loss": math.nan})
 
 
 def write_log(run):
-    """Write log.csv anew, so that it has no row behind the checkpoint that a run went on from."""
+    """Write log.csv anew, so that it has no row later than the checkpoint a run went on from."""
     lines = [",".join(row) for row in run.rows[:1]]  # the names of columns
     lines += [",".join(f"{value:.8g}" for value in row.values()) for row in run.rows]
     with whole_file(run.folder / "log.csv") as file:
@@ -436,8 +435,9 @@ def save_grid(run):
     """Draw the prompts of the run into samples/."""
     prompts = run.info["examples"]
     pictures = draw(run.ema, run.info, run.compute, run.embeddings, range(len(prompts)))
+    sheet = grid(pictures, prompts, 6)
     with whole_file(run.folder / "samples" / f"step_{run.step:06d}.png") as file:
-        grid(pictures, prompts, 6).save(file, "png")
+        sheet.save(file, "png")
 
 
 def save_film(run):
@@ -516,23 +516,23 @@ def train_loop(run):
         stops = torch.tensor(float(stop_asked.is_set()))
         if run.world_size > 1:
             dist.all_reduce(stops)  # told to stop, all stop at the same step
-        is_last = run.step == settings.steps
-        samples = is_last or run.step % settings.sample_every == 0
-        saves = is_last or stops > 0 or run.step % settings.save_every == 0
-        if not (samples or saves or run.step % 10 == 0):  # reading the loss waits for the device
+        is_last, must_stop = run.step == settings.steps, bool(stops > 0)
+        must_draw = is_last or run.step % settings.sample_every == 0
+        must_save = is_last or must_stop or run.step % settings.save_every == 0
+        if not (must_draw or must_save or run.step % 10 == 0):  # reading the loss takes time
             continue
         run.measure(results, time.perf_counter() - began)
         row = run.rows[-1]
         bar.set_postfix(loss=row["loss"])
-        if samples and is_first:
+        if must_draw and is_first:
             row["held_out_loss"] = validate(run)
             save_grid(run)
             bar.write(", ".join(f"{name} {value:.4g}" for name, value in row.items()))
         if is_first:
             write_log(run)
-        if saves and is_first:
+        if must_save and is_first:
             run.save()
-        if stops > 0:
+        if must_stop:
             return True
         results, began = [], time.perf_counter()  # so that drawing and saving do not count
     handle_signals(signal.default_int_handler)
