@@ -309,9 +309,6 @@ def whole_file(path):
         os.replace(unfinished, path)
     except (OSError, RuntimeError) as error:  # RuntimeError is torch.save's
         raise UserError(f"{path} cannot be written: {error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            unfinished.unlink()
 
 
 def write_json(path, value):
@@ -441,10 +438,10 @@ class Words:
         for caption in captions:
             words = self.tokenize(caption)[:MAX_TOKENS]
             digests = [hashlib.shake_256(word.encode()).digest(32) for word in words]
-            vectors = np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32)
-            vectors = (vectors / 127.5 - 1) * math.sqrt(3)  # uniform, of variance 1
-            padded = np.pad(vectors, [(1, 1), (0, 0)])
-            tokens = np.hstack((vectors, padded[:-2], padded[2:]))
+            vectors = np.zeros((len(words) + 2, 32))  # with nothing before and behind
+            numbers = np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32)
+            vectors[1:-1] = (numbers / 127.5 - 1) * math.sqrt(3)  # uniform, of variance 1
+            tokens = np.hstack((vectors[1:-1], vectors[:-2], vectors[2:]))
             embeddings.append(torch.from_numpy(tokens).float())
         return embeddings
 

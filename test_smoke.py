@@ -5,6 +5,7 @@ import contextlib
 import csv
 import dataclasses
 import io
+import itertools
 import math
 import os
 import random
@@ -123,9 +124,9 @@ def random_prx(std=0.05, **sizes):
 
 
 @pytest.fixture(scope="session")
-def scenes(tmp_path_factory):
-    """A cache of 600 scenes with random features, called photos, so that runs are not scored."""
-    folder = tmp_path_factory.mktemp("scenes")
+def monsters(tmp_path_factory):
+    """A cache of 600 monsters with random features, called photos, so that runs are not scored."""
+    folder = tmp_path_factory.mktemp("monsters")
     prepare.prepare(prepare.Settings(limit=600, out=str(folder / "data")))
     features = np.random.default_rng(0).normal(size=(600, 12, 4, 4)).astype(np.float16)
     (folder / "data/teacher.bin").write_bytes(features.tobytes())
@@ -136,10 +137,10 @@ def scenes(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def trained(scenes):
-    """A short run on the scenes, with routing and REPA."""
-    out = scenes.parent / "run"
-    how = TINY | {"steps": 48, "sample_every": 20, "repa": 1, "data": scenes}
+def trained(monsters):
+    """A short run on the monsters, with routing and REPA."""
+    out = monsters.parent / "run"
+    how = TINY | {"steps": 48, "sample_every": 20, "repa": 1, "data": monsters}
     assert "is trained" in run("train.py", *flags(how | {"out": out}))
     return out
 
@@ -246,80 +247,82 @@ def test_words_know_order_and_scripts():
     assert words.tokenize("हिन्दी") != words.tokenize("हन्द")
 
 
-# ------------------------------------------------------------------------------ scenes and judging
-def changed_scenes(scene):
-    """The scene with one thing about it changed, in each possible way."""
-    first, *rest = scene.things
-    taken = [thing.place for thing in scene.things]
-    others = [first._replace(colour=c) for c in prepare.COLOURS if c != first.colour]
-    others += [first._replace(shape=s) for s in prepare.SHAPES if s != first.shape]
-    for place, (x, y) in prepare.PLACES.items():
-        if place not in taken:
-            x, y = 0.5 + prepare.STEP * x, 0.5 + prepare.STEP * y
-            others.append(first._replace(place=place, x=x, y=y))
-    changed = [scene._replace(things=[other, *rest]) for other in others]
-    changed += [scene._replace(background=b) for b in prepare.COLOURS if b != scene.background]
-    return [*changed, scene._replace(things=rest)]
-
-
-def test_check_passes_scenes_and_is_strict():
-    rng = np.random.default_rng(5)
-    passed, wrong = [], []
+# ---------------------------------------------------------------------------- monsters and judging
+def test_check_passes_monsters_whatever_is_told_and_is_strict():
+    dice, rng = random.Random(5), np.random.default_rng(5)
+    wrong = []
     for _ in range(60):
-        scene = prepare.random_scene(rng)
-        for size in (32, 64):
-            passed.append(sample.check(prepare.render(scene, size), scene)["all"])
-        for other in random.sample(changed_scenes(scene), 8):  # or a picture between the two
-            share = rng.uniform(0.7, 1)
-            picture = (1 - share) * prepare.render(scene, 32) + share * prepare.render(other, 32)
-            wrong.append(sample.check(picture.round().astype(np.uint8), scene)["all"])
-        noise = rng.integers(0, 256, (32, 32, 3)).astype(np.uint8)
-        wrong.append(sample.check(noise, scene)["all"])
-    assert np.mean(passed) >= 0.995
-    assert np.mean(wrong) <= 0.01
+        monster = prepare.random_monster(dice)
+        picture = prepare.render(monster, 32)
+        for told in (monster, prepare.leave_open(monster, 3, dice)):
+            assert sample.check(picture, told)["all"]
+        assert sample.check(prepare.render(monster, 64), monster)["all"]
+        for part in prepare.PARTS:  # another in one part, or a picture between the two
+            other = dice.choice([x for x in sample.variants(monster, part) if x != monster])
+            share = dice.uniform(0.6, 1)
+            between = (1 - share) * picture + share * prepare.render(other, 32)
+            wrong.append(sample.check(between.round().astype(np.uint8), monster)["all"])
+        noise = rng.integers(0, 256, picture.shape).astype(np.uint8)
+        blank = np.full_like(picture, dice.choice([*prepare.GROUNDS.values()]))
+        mean = np.mean([prepare.render(prepare.random_monster(dice), 32) for _ in range(9)], axis=0)
+        told = prepare.leave_open(monster, 3, dice)
+        wrong += [sample.check(each.astype(np.uint8), told)["all"] for each in (noise, blank, mean)]
+    assert not any(wrong)
 
 
 def test_check_judges_only_what_is_told_and_names_what_is_wrong():
-    left = prepare.Thing("red", "circle", "left", 0.23, 0.5, 0.16)
-    right = prepare.Thing("blue", "ring", "right", 0.77, 0.5, 0.16)
-    picture = prepare.render(prepare.Scene("white", [left, right]), 32)
-    told = prepare.Scene(None, [right._replace(place=None), left._replace(place=None)])
-    assert all(sample.check(picture, told).values())
-    swapped = [left._replace(colour="blue"), right._replace(colour="red")]
-    result = sample.check(picture, prepare.Scene("black", swapped))
-    assert [name for name, passed in result.items() if not passed] == ["background", "all"]
+    monster = prepare.random_monster(random.Random(0)) | {"head": "horns", "eyes": "two eyes"}
+    picture = prepare.render(monster, 32)
+    told = monster | {"head": None, "ground": None}
+    assert sample.check(picture, told).keys() == {*told} - {"head", "ground"} | {"all"}
+    result = sample.check(picture, monster | {"head": "ears", "eyes": "one eye"})
+    assert [name for name, passed in result.items() if not passed] == ["eyes", "head", "all"]
 
 
-def test_held_out_is_the_scene_not_the_caption():
+def test_held_out_is_the_monster_not_the_caption():
     def draw(split, count):
-        scenes = [prepare.random_scene(rng, split) for _ in range(count)]
-        return {frozenset(thing[:3] for thing in scene.things) for scene in scenes}
+        monsters = [prepare.random_monster(dice, split) for _ in range(count)]
+        return {tuple(each[part] for part in each if part != "ground") for each in monsters}
 
-    rng = np.random.default_rng(0)
+    dice = random.Random(0)
     trained, held_out = draw("train", 3000), draw("held-out", 300)
-    assert not trained & (held_out | draw("composition", 300))
-    pairs = {thing[:2] for things in trained for thing in things}
-    assert not pairs & prepare.NEVER_TRAINED
-    for number in range(300):
-        picture = np.asarray(prepare.draw_scene(number, 64)[1])
-        assert prepare.split_of(sample.describe(picture)) == "train"
+    assert not trained & (held_out | draw("new", 300))
+    assert not {each[:2] for each in trained} & prepare.NEVER_TRAINED
+    for number in range(100):
+        picture = np.asarray(prepare.draw_monster(number, 32)[1])
+        found = sample.fit(picture, dict.fromkeys(prepare.PARTS))
+        assert prepare.split_of(found) == "train"
+        assert np.array_equal(picture, prepare.render(found, 32))
 
 
-def test_captions_tell_a_scene_in_several_ways_and_what_they_leave_open_is_as_people_expect():
-    left = prepare.Thing("red", "circle", "left", 0.23, 0.5, 0.16)
-    right = prepare.Thing("blue", "ring", "right", 0.77, 0.5, 0.16)
-    told, rng = set(), np.random.default_rng(0)
-    for things in ([left, right], [left]):
-        scene = prepare.Scene("white", things)
-        told |= {prepare.caption(prepare.leave_open(scene, rng)) for _ in range(400)}
-    assert "a red circle left of a blue ring on a white background" in told
-    assert {"a blue ring right of a red circle", "a red circle and a blue ring"} <= told
-    assert {"a red circle", "a circle at the left", "a circle on a white background"} <= told
-    open_things = [right._replace(place=None), left._replace(place=None)]
-    scene = prepare.fill_in(prepare.Scene(None, open_things), rng)
-    assert [thing[1:3] for thing in scene.things] == [("ring", "left"), ("circle", "right")]
-    scene = prepare.fill_in(prepare.Scene("black", [left._replace(colour=None, place=None)]), rng)
-    assert scene.things[0][:3] == ("white", "circle", "bottom")
+def test_each_part_looks_like_no_other():
+    monster = prepare.random_monster(random.Random(0)) | {"pattern": "plain skin", "colour": "red"}
+    for part in prepare.PARTS:
+        pictures = [prepare.render(each, 32) for each in sample.variants(monster, part)]
+        for a, b in itertools.combinations(pictures, 2):
+            assert np.abs(a.astype(float) - b).max() > 50, part
+
+
+def test_captions_tell_a_monster_in_several_ways():
+    dice = random.Random(0)
+    names = ("blue", "round", "red spots", "three eyes", "a smile", "a green crown", "yellow")
+    monster = dict(zip(prepare.PARTS, names, strict=True))
+    told = {prepare.caption(monster, dice) for _ in range(2000)}
+    with_crown = "three eyes, a smile, red spots and a green crown on a yellow ground"
+    assert {
+        f"a round blue monster with {with_crown}",
+        f"a blue round monster with {with_crown}",
+    } <= told
+    told = {prepare.caption(prepare.leave_open(monster, 7, dice), dice) for _ in range(2000)}
+    assert {"a round monster", "a monster on a yellow ground", "a monster with a smile"} <= told
+    assert "a blue monster with a green crown and three eyes" in told
+
+
+def test_what_captions_leave_open_is_even_in_true_drawings_and_uneven_in_equal_ones():
+    dice = random.Random(0)
+    others, true = ([prepare.random_monster(dice) for _ in range(n)] for n in (4000, 400))
+    assert sample.uneven(true, others, "body") < 0.08
+    assert sample.uneven(true[:1] * 400, others, "body") > 0.7
 
 
 # -------------------------------------------------------------------------------- the command line
@@ -365,9 +368,9 @@ def test_a_bug_of_a_fork_keeps_its_traceback(monkeypatch):
         prepare.run_script(lambda settings: settings.missspelt, train.Settings, "")
 
 
-def test_compiling_without_a_compiler_is_one_sentence(scenes, monkeypatch):
+def test_compiling_without_a_compiler_is_one_sentence(monsters, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    assert "needs a compiler" in call("train", "--compile", *flags({"data": scenes}))
+    assert "needs a compiler" in call("train", "--compile", *flags({"data": monsters}))
 
 
 # --------------------------------------------------------------------------------------- the data
@@ -461,28 +464,30 @@ def test_what_cannot_be_used_is_left_out_and_counted_by_reason(capsys):
         assert line in output, output
 
 
-def test_the_cache_gets_the_whole_name_of_its_folder_and_a_folder_named_scenes_is_a_folder(capsys):
-    for name in ("photos.v1", "scenes"):
+def test_the_cache_gets_the_whole_name_of_its_folder_and_a_folder_named_monsters_is_a_folder(
+    capsys,
+):
+    for name in ("photos.v1", "monsters"):
         write_files({f"{name}/a.png": encode_picture(), f"{name}/a.txt": f"an a of {name}"})
         prepare.prepare(prepare.Settings(source=f"{name}/", size=16))
         assert prepare.read_captions(f"data/{name}") == [f"an a of {name}"]
-    os.chdir("scenes")
+    os.chdir("monsters")
     assert prepare.Settings(source="..").out == f"data/{Path.cwd().parent.name}"
 
 
-def test_the_cache_holds_what_it_says(scenes):
-    meta = model.read_json(scenes / "meta.json")
-    latents = np.memmap(scenes / "latents.bin", np.uint8, "r", shape=(600, *meta["latent_shape"]))
-    lengths = np.fromfile(scenes / "lengths.bin", np.int32)
-    text = np.fromfile(scenes / "text.bin", np.float16).reshape(lengths.sum(), meta["text_dim"])
-    caption, picture = prepare.draw_scene(7, 32)
+def test_the_cache_holds_what_it_says(monsters):
+    meta = model.read_json(monsters / "meta.json")
+    latents = np.memmap(monsters / "latents.bin", np.uint8, "r", shape=(600, *meta["latent_shape"]))
+    lengths = np.fromfile(monsters / "lengths.bin", np.int32)
+    text = np.fromfile(monsters / "text.bin", np.float16).reshape(lengths.sum(), meta["text_dim"])
+    caption, picture = prepare.draw_monster(7, 32)
     assert np.array_equal(latents[7], np.asarray(picture).transpose(2, 0, 1))
-    assert prepare.read_captions(scenes)[7] == caption
+    assert prepare.read_captions(monsters)[7] == caption
     measured = latents.mean((0, 2, 3)) / 127.5 - 1, latents.std((0, 2, 3)) / 127.5
     np.testing.assert_allclose((meta["mean"], meta["std"]), measured, atol=1e-4)
     start, expected = lengths[:7].sum(), model.Words().encode([caption])[0]
     np.testing.assert_allclose(text[start:][: lengths[7]], expected, atol=1e-3)
-    assert np.fromfile(scenes / "digest.bin", np.uint32)[7] == zlib.crc32(np.asarray(picture))
+    assert np.fromfile(monsters / "digest.bin", np.uint32)[7] == zlib.crc32(np.asarray(picture))
 
 
 def test_preparing_goes_on_after_a_kill_and_ends_with_the_same_bytes():
@@ -501,13 +506,13 @@ def test_preparing_goes_on_after_a_kill_and_ends_with_the_same_bytes():
     assert "is complete" in run("prepare.py", *flags(how))
 
 
-def test_what_cannot_be_written_is_a_sentence_and_nothing_is_lost(trained, scenes):
+def test_what_cannot_be_written_is_a_sentence_and_nothing_is_lost(trained, monsters):
     Path("taken").write_text("mine")
     shutil.copytree(trained, "run")
     before = Path("run/ckpt.pt").read_bytes()
-    how = TINY | {"data": scenes, "repa": 1, "steps": 60}
+    how = TINY | {"data": monsters, "repa": 1, "steps": 60}
     with limited(resource.RLIMIT_FSIZE, 99_999):
-        assert "data/scenes cannot be written" in call("prepare", "--limit", 99)
+        assert "data/monsters cannot be written" in call("prepare", "--limit", 99)
     with limited(resource.RLIMIT_FSIZE, 900_000):
         assert "ckpt.pt cannot be written" in call("train", *flags(how | {"out": "run"}))
     assert "cannot be written" in call("prepare", "--limit", 9, "--out", "taken")
@@ -517,22 +522,22 @@ def test_what_cannot_be_written_is_a_sentence_and_nothing_is_lost(trained, scene
     assert not list(Path("run").rglob("*.partial"))
 
 
-def test_a_broken_cache_is_refused_and_blamed(scenes):
+def test_a_broken_cache_is_refused_and_blamed(monsters):
     for name in ("meta.json", "latents.bin", "lengths.bin", "text.bin"):
-        shutil.copytree(scenes, "cache", dirs_exist_ok=True)
+        shutil.copytree(monsters, "cache", dirs_exist_ok=True)
         path = Path("cache", name)
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 8 * 4])
         with pytest.raises(model.UserError, match=r"cache"):
             train.Cache("cache")
-    shutil.copytree(scenes, "cache", dirs_exist_ok=True)
+    shutil.copytree(monsters, "cache", dirs_exist_ok=True)
     np.full(600 * 12 * 16, np.nan, np.float16).tofile("cache/teacher.bin")
     with pytest.raises(model.UserError, match="cache holds values that are not finite"):
         train.Cache("cache", with_teacher=True).load([0])
 
 
-def test_a_million_pictures_need_no_more_open_files_than_one(scenes):
+def test_a_million_pictures_need_no_more_open_files_than_one(monsters):
     os.mkdir("cache")
-    model.write_json("cache/meta.json", model.read_json(scenes / "meta.json") | {"count": 10**6})
+    model.write_json("cache/meta.json", model.read_json(monsters / "meta.json") | {"count": 10**6})
     np.ones(10**6, np.int32).tofile("cache/lengths.bin")
     for name, size in (("latents.bin", 3 * 32 * 32), ("text.bin", 2 * 96), ("digest.bin", 4)):
         Path("cache", name).touch()
@@ -554,9 +559,9 @@ def test_a_run_leaves_log_samples_weights_and_a_film(trained):
     assert modes[0] == modes[1]  # readable for whom other files are
 
 
-def test_a_run_goes_on_with_more_steps_but_not_on_other_data(trained, scenes):
+def test_a_run_goes_on_with_more_steps_but_not_on_other_data(trained, monsters):
     shutil.copytree(trained, "run")
-    shutil.copytree(scenes, "moved")
+    shutil.copytree(monsters, "moved")
     how = TINY | {"steps": 50, "repa": 1, "out": "run", "data": "moved/", "lr": 0.001}
     Path("run/log.csv").write_bytes(b"step;loss\r\n\0\0\0")  # what another program made of it
     assert call("train", *flags(how)) is None
@@ -567,33 +572,33 @@ def test_a_run_goes_on_with_more_steps_but_not_on_other_data(trained, scenes):
     assert "other settings: mean was" in call("train", *flags(how))
 
 
-def test_a_run_that_starts_anew_forgets_the_log_and_grids_of_one_that_died(scenes):
+def test_a_run_that_starts_anew_forgets_the_log_and_grids_of_one_that_died(monsters):
     write_files({"run/samples/step_000001.png": encode_picture(), "run/log.csv": "step\n10\n"})
-    assert call("train", *flags(TINY | {"steps": 2, "out": "run", "data": scenes})) is None
+    assert call("train", *flags(TINY | {"steps": 2, "out": "run", "data": monsters})) is None
     assert [row["step"] for row in read_log("run")] == ["2"]
     assert Image.open("run/learning.gif").n_frames == 1
 
 
-def test_a_checkpoint_without_a_newer_setting_goes_on_and_one_of_another_program_does_not(scenes):
+def test_a_checkpoint_without_a_newer_setting_goes_on_and_one_of_another_program_does_not(monsters):
     old = {"seed": 0, "size": 32}
     prepare.refuse_differences("x", old, {"seed": 0, "size": 32, "new": 1})
     with pytest.raises(model.UserError, match="seed was 0 and is now 1"):
         prepare.refuse_differences("x", old, {"seed": 1})
     os.mkdir("run")
     torch.save({"model": {}}, "run/ckpt.pt")
-    how = TINY | {"steps": 2, "out": "run", "data": scenes}
+    how = TINY | {"steps": 2, "out": "run", "data": monsters}
     assert "broken or of another program" in call("train", *flags(how))
 
 
-def test_an_infinite_loss_ends_in_a_sentence_and_saves_nothing(scenes):
-    how = TINY | {"data": scenes, "steps": 99, "lr": 2e9, "save_every": 1, "out": "run"}
+def test_an_infinite_loss_ends_in_a_sentence_and_saves_nothing(monsters):
+    how = TINY | {"data": monsters, "steps": 99, "lr": 2e9, "save_every": 1, "out": "run"}
     assert "the loss is infinite" in call("train", *flags(how))
     assert all(weight.isfinite().all() for weight in weights_of("run").values())
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_an_interrupted_run_goes_on_to_the_bit(scenes, processes):
-    settings = TINY | {"data": scenes, "steps": 60, "save_every": 7, "repa": 1}
+def test_an_interrupted_run_goes_on_to_the_bit(monsters, processes):
+    settings = TINY | {"data": monsters, "steps": 60, "save_every": 7, "repa": 1}
     out, saved = Path("cut").resolve(), [0]
     for how in (signal.SIGTERM, signal.SIGKILL):
         started = time.time()
@@ -617,15 +622,15 @@ def test_ctrl_c_while_a_finished_run_is_scored_ends_it():
     how = {"steps": 1, "warmup": 1, "width": 16, "depth": 2, "batch_size": 2, "bottleneck": 4}
     prepare.prepare(prepare.Settings(limit=64))
     process = start("train.py", *flags(how))
-    wait_for(Path("out/scenes/learning.gif"), process)
+    wait_for(Path("out/monsters/learning.gif"), process)
     while process.poll() is None:  # again, as Python may lose one in a callback
         process.send_signal(signal.SIGINT)
         time.sleep(1)
     assert "stopped; the same command goes on" in process.communicate()[0]
 
 
-def test_processes_and_parts_of_a_batch_change_nothing(scenes):
-    settings = TINY | {"data": scenes, "steps": 20, "dtype": "fp32", "repa": 1}
+def test_processes_and_parts_of_a_batch_change_nothing(monsters):
+    settings = TINY | {"data": monsters, "steps": 20, "dtype": "fp32", "repa": 1}
     call("train", *flags(settings | {"out": "one"}))
     call("train", *flags(settings | {"out": "parts", "micro_batch": 6}))
     run("train.py", *flags(settings | {"out": "two"}), processes=2)
@@ -638,15 +643,15 @@ def test_processes_and_parts_of_a_batch_change_nothing(scenes):
     assert one[0] > 0
 
 
-def test_a_second_stage_begins_with_the_first_and_later_does_not_need_it(trained, scenes):
+def test_a_second_stage_begins_with_the_first_and_later_does_not_need_it(trained, monsters):
     shutil.copytree(trained, "first")
-    how = {"data": scenes, "init": "first", "lr": 1e-9, "muon_lr": 1e-9, "batch_size": 4}
+    how = {"data": monsters, "init": "first", "lr": 1e-9, "muon_lr": 1e-9, "batch_size": 4}
     how |= {"warmup": 1, "out": "second"}
     assert call("train", *flags(how | {"steps": 1})) is None
     torch.testing.assert_close(weights_of("second"), weights_of(trained))
     shutil.rmtree("first")
     assert call("train", *flags(how | {"steps": 2})) is None
-    meta = model.read_json(scenes / "meta.json")
+    meta = model.read_json(monsters / "meta.json")
     settings = train.Settings(init=str(trained), data="x")
     with pytest.raises(model.UserError, match="takes --text words: prepare x so"):
         train.make_model(settings, meta | {"text": "t5"}, trained)
@@ -677,12 +682,12 @@ def test_guidance_is_the_formula(scale):
 def test_score_reports_every_kind_and_attribute(trained):
     network = model.PRX.from_pretrained(trained / "ema")
     info = model.read_json(trained / "ema/nanoprx.json") | {"steps": 1}
-    kinds = "named open free composition colour shape place background count"
-    assert sample.score(network, info, CPU, 2).keys() == {*kinds.split()}
+    kinds = ["told", "few", "new", "uneven", "by chance"]
+    assert sample.score(network, info, CPU, 8).keys() == {*kinds, *prepare.PARTS}
 
 
-def test_held_out_pictures_are_chosen_by_content_and_never_trained_on(scenes):
-    cache = train.Cache(scenes)
+def test_held_out_pictures_are_chosen_by_content_and_never_trained_on(monsters):
+    cache = train.Cache(monsters)
     cache.digests = digests = np.arange(600, dtype=np.uint32) % 300 * 14_316_557  # evenly
     trained, held_out = cache.split(0.02)
     assert len(held_out) == 14  # seven digests of 300, each twice
@@ -693,8 +698,8 @@ def test_held_out_pictures_are_chosen_by_content_and_never_trained_on(scenes):
     assert [len(cache.split(share)[1]) for share in (0, 0.001)] == [0, 0]  # the latter is too few
 
 
-def test_validation_is_only_of_the_weights(scenes):
-    settings = train.Settings(**TINY, data=str(scenes), predict="v", held_out=0.2)
+def test_validation_is_only_of_the_weights(monsters):
+    settings = train.Settings(**TINY, data=str(monsters), predict="v", held_out=0.2)
     started = train.Run(settings, CPU)
     assert abs(train.validate(started) - 2) < 0.2  # the first output is 0: mean of (noise - x)^2
     assert train.validate(started) == train.validate(started)

@@ -1,10 +1,10 @@
 """Train a text-to-image model on a cache of latents, by the PRX recipe.
 
-    torchrun train.py                                     # the built-in scenes, minutes on a laptop
+    torchrun train.py                                   # the built-in monsters, minutes on a laptop
     torchrun --nproc_per_node=8 train.py --data data/photos --batch-size 1024
 
-The same command again goes on where the run stopped. The folder of a run, out/scenes, has ckpt.pt,
-ema/ (the averaged weights, to sample with), log.csv, samples/ and learning.gif.
+The same command again goes on where the run stopped. The folder of a run, out/monsters, has
+ckpt.pt, ema/ (the averaged weights, to sample with), log.csv, samples/ and learning.gif.
 """
 
 import collections
@@ -36,7 +36,7 @@ from sample import draw, encode_prompts, grid, load_run, pictures_at_once, score
 class Settings:
     """All settings of a run. Each field is a flag. PRX's FIDs compare with 18.20, its baseline."""
 
-    data: str = flag("data/scenes", "a cache that prepare.py wrote")
+    data: str = flag("data/monsters", "a cache that prepare.py wrote")
     out: str = flag("", "folder of the run; '': out/ and the cache's name")
     init: str = flag("", "a run to begin with; its sizes, predict and shift stay")
     steps: int = flag(1200, "optimizer steps; with more a finished run goes on", 1)
@@ -87,16 +87,14 @@ class Cache:
         if with_teacher and "teacher_shape" not in meta:
             raise UserError(f"{folder} has no features for --repa; extras/teacher.py makes them")
         try:
-            count = meta["count"]
-            self.lengths = self.map("lengths.bin", np.int32, count)
+            n = meta["count"]
+            self.lengths = self.map("lengths.bin", np.int32, n)
             self.ends = self.lengths.cumsum(dtype=np.int64)  # of each caption's rows in text
             self.text = self.map("text.bin", np.float16, self.ends[-1], meta["text_dim"])
-            self.digests = self.map("digest.bin", np.uint32, count)
-            latents = self.map("latents.bin", meta["latent_dtype"], count, *meta["latent_shape"])
-            self.arrays = [latents]
+            self.digests = self.map("digest.bin", np.uint32, n)
+            self.arrays = [self.map("latents.bin", meta["latent_dtype"], n, *meta["latent_shape"])]
             if with_teacher:
-                shape = meta["teacher_shape"]
-                self.arrays.append(self.map("teacher.bin", np.float16, count, *shape))
+                self.arrays += [self.map("teacher.bin", np.float16, n, *meta["teacher_shape"])]
         except (KeyError, OSError, ValueError) as error:
             raise UserError(f"{folder} is no whole cache, prepare it anew: {error!r}") from error
 
@@ -455,11 +453,12 @@ def save_film(run):
 # ------------------------------------------------------------------------------------ the main part
 def join_processes(settings, device):
     """The rank of this process and the number of those that torchrun started. The first draws the
-    built-in scenes, if they are not there. Raises UserError if a batch cannot be shared."""
+    built-in monsters, if they are not there. Raises UserError if a batch cannot be shared."""
     rank, world_size = int(os.getenv("RANK", "0")), int(os.getenv("WORLD_SIZE", "1"))
     if settings.batch_size % world_size:
         raise UserError(f"--batch-size is no multiple of the {world_size} processes")
-    if rank == 0 and settings.data == "data/scenes" and not Path("data/scenes/meta.json").exists():
+    has_data = Path(settings.data, "meta.json").exists()
+    if rank == 0 and settings.data == Settings.data and not has_data:
         prepare.prepare(prepare.Settings(device=settings.device))
     if world_size > 1:  # the others wait here for the first
         # Tensors on the CPU, such as that of `train_loop`, need gloo.
@@ -471,9 +470,8 @@ def train(settings):
     """Train as the settings say, or go on with what is in the run's folder. Raises UserError where
     data are missing, the folder holds another run, or the loss is infinite."""
     compute = pick_device(settings.device, settings.dtype)
-    compiler = "gcc" if compute.device.type == "cuda" else "g++"
-    if settings.compile and not (shutil.which(compiler) or shutil.which("clang")):
-        raise UserError(f"--compile needs a compiler; install {compiler}")
+    if settings.compile and not (shutil.which("g++") or shutil.which("clang++")):
+        raise UserError("--compile needs a compiler; install g++")
     rank, world_size = join_processes(settings, compute.device)
     run = Run(settings, compute, rank, world_size)
     if rank == 0:

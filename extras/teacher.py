@@ -29,7 +29,7 @@ from prepare import flag
 class Settings:
     """All settings of teacher.py."""
 
-    data: str = flag("data/scenes", "a cache that prepare.py wrote", nargs="?")
+    data: str = flag("data/monsters", "a cache that prepare.py wrote", nargs="?")
     teacher: str = flag("facebook/dinov2-small", "a folder or Hub repository", nargs="?")
 
 

@@ -97,7 +97,7 @@ def test_latents_of_a_real_codec_and_a_real_text_encoder_train_and_draw():
     prepare.prepare(prepare.Settings(**how))
     meta = model.read_json("cache/meta.json")
     latents = np.fromfile("cache/latents.bin", np.float16).reshape(9, *meta["latent_shape"])
-    images = np.stack([np.asarray(prepare.draw_scene(number, 128)[1]) for number in range(9)])
+    images = np.stack([np.asarray(prepare.draw_monster(number, 128)[1]) for number in range(9)])
     decoded = model.load_codec("taef2", CPU).decode(torch.tensor(latents).float()).clamp(-1, 1)
     error = decoded / 2 + 0.5 - torch.tensor(images).permute(0, 3, 1, 2) / 255
     assert -10 * error.square().mean((1, 2, 3)).log10().mean() > 27  # dB
