@@ -52,8 +52,7 @@ OWN, EACH = "the monster's colour", "each of COLOURS"
 NEVER_TRAINED = {("red", "round"), ("blue", "square"), ("yellow", "tall"), ("green", "pointed")}
 
 
-# A picture is 32 wide and 32 high, however many pixels it has. A shape is a list of points (x, y).
-# Its mirror image is drawn, too, so that half of a monster is enough.
+# A shape is a list of points (x, y), in pictures of 32 x 32. It is drawn with its mirror image.
 def oval(x, y, width, height, corners=40):
     """An ellipse around (x, y); width and height reach from there to its edge."""
     angles = np.linspace(0, 2 * np.pi, corners, endpoint=False)
@@ -113,8 +112,8 @@ for part, kinds in KINDS.items():
 
 
 def random_monster(rng, split="train"):
-    """Draw a monster of a split with a random.Random: a dict that has a name in PARTS for each
-    part. All kinds are equally likely, and so are all colours of a kind."""
+    """A monster of a split, by a random.Random: a dict from parts to names in PARTS. All kinds are
+    equally likely, and so are the colours of a kind."""
     while True:
         monster = {}
         for part, kinds in KINDS.items():
@@ -152,8 +151,8 @@ def caption(told, rng):
 
 @functools.cache
 def coverage(part, name, size):
-    """For each layer of a part, the share (size, size) of each pixel that it covers, and the same
-    with an outline."""
+    """The share (size, size) of each pixel that a layer covers, without and with an outline: a list
+    with both for each layer of a part."""
     shares, scale = [], size / 8
     for _, shapes in PARTS[part][name][0]:
         image = Image.new("L", (4 * size, 4 * size))

@@ -127,8 +127,7 @@ def grid(pictures, prompts, columns):
 
 # ---------------------------------------------------------------------------------------- judging
 def error(picture, monster):
-    """How far a picture (size, size, 3) uint8 is from the drawing of a monster: the mean of squared
-    distances in RGB, each at most 110^2."""
+    """The mean of squared distances in RGB, each at most 110^2, of a picture from a monster."""
     off = picture - render(monster, len(picture)).astype(np.float32)
     return np.einsum("hwc,hwc->hw", off, off).clip(max=110**2).mean()
 
