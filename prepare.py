@@ -307,7 +307,7 @@ class Settings:
 
     source: str = flag("", "a folder of pictures; none: the built-in monsters", nargs="?")
     out: str = flag("", "folder of the cache; '': data/ and the name of the source")
-    size: int = flag(0, "side of the square pictures in pixels; 0: 32 for monsters, else 256")
+    size: int = flag(0, "side of pictures in pixels; 0: 32 for monsters, else 256", 0, 4096)
     limit: int = flag(0, "pictures to make; 0: 20,000 monsters, or all")
     codec: str = flag("pixels", "makes latents of pictures: pixels, taef2, taesd, ...")
     text: str = flag("words", "makes embeddings of captions: words, google/flan-t5-base, ...")

@@ -40,7 +40,7 @@ class Settings:
     out: str = flag("", "folder of the run; '': out/ and the cache's name")
     init: str = flag("", "a run to begin with; its sizes, predict and shift stay")
     steps: int = flag(600, "optimizer steps; with more a finished run goes on", 1)
-    batch_size: int = flag(128, "pictures in a step, over all processes (PRX: 256)", 1)
+    batch_size: int = flag(128, "pictures in a step, over all processes (PRX: 256)", 1, 2**16)
     micro_batch: int = flag(0, "pictures a process takes at once, to save memory; 0: all")
     held_out: float = flag(0.02, "share of the cache for validation, at most 1,024", 0, 0.5)
     seed: int = flag(0, "of the weights, the order, the noise and the timesteps", 0, 2**32 - 1)
@@ -49,7 +49,6 @@ class Settings:
     patch_size: int = flag(0, "side of a token in latents; 0: 8 or more for pixels, else 2")
     width: int = flag(0, "hidden size; 0: 128 for pixels, else 384 (PRX: 1792)")
     depth: int = flag(0, "blocks; 0: 3 for pixels, else 8 (PRX: 16)")
-    mlp_ratio: float = flag(3.0, "width of the MLP over hidden size (PRX: 3.5)", 0.1)
     bottleneck: int = flag(64, "width of the bottleneck of pixel patches (PRX: 256); 0: none")
     predict: str = flag("x", "clean picture (JiT; PRX on pixels) or velocity", choices=("x", "v"))
     t_floor: float = flag(0.3, "smallest t that the loss divides by (JiT, PRX: 0.05)", 0.001, 1)
@@ -72,7 +71,7 @@ class Settings:
         self.out = self.out or f"out/{Path(self.data).resolve().name}"
         if self.warmup > self.steps:
             raise UserError(f"--warmup {self.warmup} is longer than the run of {self.steps} steps")
-        for name in ("patch_size", "width", "depth", "mlp_ratio", "bottleneck", "predict", "shift"):
+        for name in ("patch_size", "width", "depth", "bottleneck", "predict", "shift"):
             if self.init and getattr(self, name) != getattr(Settings, name):
                 raise UserError(f"--init has a {name} of its own; leave the flag for it out")
 
@@ -160,14 +159,15 @@ def make_model(settings, meta, first):
     side, is_pixels = meta["latent_shape"][1], meta["codec"] == "pixels"
     width = settings.width or (128 if is_pixels else 384)
     heads = max(4, width // 64)
-    if width % (4 * heads):  # a head is halved for rows and columns, and rope turns pairs
-        raise UserError(f"--width {width} is no multiple of {4 * heads}, 4 for each head")
+    patch = settings.patch_size or (max(8, side // 16) if is_pixels else 2)
+    if width % (4 * heads) or side % patch:  # a head is halved twice: by rows and columns, in pairs
+        raise UserError(f"--width takes multiples of {4 * heads}, --patch-size divisors of {side}")
     config = PRXConfig(
         in_channels=meta["latent_shape"][0],
-        patch_size=settings.patch_size or (max(8, side // 16) if is_pixels else 2),
+        patch_size=patch,
         context_in_dim=meta["text_dim"],
         hidden_size=width,
-        mlp_ratio=settings.mlp_ratio,
+        mlp_ratio=3.0,  # PRX: 3.5
         num_heads=heads,
         depth=settings.depth or (3 if is_pixels else 8),
         axes_dim=(width // heads // 2, width // heads // 2),

@@ -20,7 +20,6 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import model
 import prepare
-import train
 from model import UserError
 from prepare import flag
 
@@ -56,11 +55,13 @@ def main(settings):
         raise UserError(f"{folder} has the features of {meta['teacher']} already")
     from transformers import AutoModel
 
+    from train import Cache  # here, as a fork's train.py may import this file
+
     compute = model.pick_device()
     codec = model.load_codec(meta["codec"], compute)
     files = model.fetch(settings.teacher, "config.json", "*.safetensors")
     network = AutoModel.from_pretrained(files).float().to(compute.device).eval()
-    cache, side = train.Cache(folder), min(16, meta["size"] // 8)
+    cache, side = Cache(folder), min(16, meta["size"] // 8)
     shape = (network.config.hidden_size, side, side)
     row_size = 2 * math.prod(shape)
     path = folder / f"teacher-{settings.teacher.replace('/', '-')}.partial"
