@@ -7,13 +7,13 @@ The caption of photos/cat.jpg stands in photos/cat.txt or photos/cat.caption. Th
 flat files, for which one np.memmap each is enough:
 
     data/monsters/latents.bin     (N, C, H, W) uint8 or float16
-                text.bin        (sum of all L, D) float16, the embeddings of all captions
-                lengths.bin     (N,) int32, the L of each caption
-                digest.bin      (N,) uint32, of the pixels; train.py holds out by it
-                captions.jsonl  N texts in JSON, one a line
-                teacher.bin     (N, D, h, w) float16, for REPA, if extras/teacher.py made it
-                meta.json       N, shapes, encoders, mean and std of each channel; comes last
-                progress.json   how far the files are good, while they grow
+                  text.bin        (sum of all L, D) float16, the embeddings of all captions
+                  lengths.bin     (N,) int32, the L of each caption
+                  digest.bin      (N,) uint32, of the pixels; train.py holds out by it
+                  captions.jsonl  N texts in JSON, one a line
+                  teacher.bin     (N, D, h, w) float16, for REPA, if extras/teacher.py made it
+                  meta.json       N, shapes, encoders, mean and std of each channel; comes last
+                  progress.json   how far the files are good, while they grow
 """
 
 import argparse
@@ -112,8 +112,7 @@ for part, kinds in KINDS.items():
 
 
 def random_monster(rng, split="train"):
-    """A monster of a split, by a random.Random: a dict from parts to names in PARTS. All kinds are
-    equally likely, and so are the colours of a kind."""
+    """A monster of a split, by a random.Random: a dict from parts to names in PARTS."""
     while True:
         monster = {}
         for part, kinds in KINDS.items():
@@ -145,14 +144,13 @@ def caption(told, rng):
     parts = rng.sample(["pattern", "eyes", "mouth", "head"], 4)
     phrases = [told[part] for part in parts if told[part]]
     if phrases:
-        text += " with " + ", ".join(phrases[:-1]) + " and " * (len(phrases) > 1) + phrases[-1]
+        text += " with " + " and ".join(", ".join(phrases).rsplit(", ", 1))  # "a, b and c"
     return f"{text} on a {told['ground']} ground" if told["ground"] else text
 
 
 @functools.cache
 def coverage(part, name, size):
-    """The share (size, size) of each pixel that a layer covers, without and with an outline: a list
-    with both for each layer of a part."""
+    """For each layer of a part, the share (size, size) of pixels covered, bare and with outline."""
     shares, scale = [], size / 8
     for _, shapes in PARTS[part][name][0]:
         image = Image.new("L", (4 * size, 4 * size))

@@ -167,10 +167,9 @@ def uneven(monsters, others, part):
 
 
 def score(network, info, compute, count):
-    """Shares of `count` pictures that are right, by kind: "told", held-out monsters told in full
-    (and each of their parts); "few", with one to three parts told; "new", with pairs of colour and
-    body that were never trained. Then how uneven is what prompts such as "a red monster" leave
-    open: the total variation of drawn from true frequencies, and that of as many true drawings."""
+    """Shares of `count` pictures that are right: "told", held-out monsters told in full, and each
+    of their parts; "few", with one to three parts told; "new", whose colour and body were never
+    trained together. Then how "uneven" is what "a red monster" leaves open, and true ones are."""
     shares = {}
     for seed, kind in enumerate(("told", "few", "new")):
         rng = random.Random(seed)

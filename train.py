@@ -142,10 +142,9 @@ def index_batches(indices, settings, first_step, rank, world_size):
 
 # ------------------------------------------------------------------------ the model and optimizers
 def make_model(settings, meta, first):
-    """A network for the latents of a cache, and the info to draw with it. With --init they are
-    those of the run `first`: its weights depend on how they were trained (prediction, shift, mask)
-    and on the mean and std of latents, so these are kept. Raises UserError where sizes do not fit.
-    """
+    """A network for the latents of a cache, and the info to draw with it. With --init both are of
+    the run `first`, as its weights depend on how they were trained (prediction, shift, mask), and
+    on the mean and std of latents. Raises UserError where sizes do not fit."""
     repa_dim = meta["teacher_shape"][0] if settings.repa else None
     if settings.init:
         start, info = load_run(first)
