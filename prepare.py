@@ -136,7 +136,7 @@ def leave_open(monster, most, rng):
     return {part: name if part in told else None for part, name in monster.items()}
 
 
-def caption(told, rng):
+def caption_of(told, rng):
     """A monster in words, in one of several orders, but for what is left open. Long captions are
     the largest effect that PRX measured: with short ones FID went from 18.20 to 36.84."""
     adjectives = [told[part] for part in rng.sample(["body", "colour"], 2) if told[part]]
@@ -188,7 +188,7 @@ def draw_monster(number, size):
     rng = random.Random(number)
     monster = random_monster(rng)
     told = leave_open(monster, len(PARTS), rng)
-    return caption(told, rng), Image.fromarray(render(monster, size))
+    return caption_of(told, rng), Image.fromarray(render(monster, size))
 
 
 # ---------------------------------------------------------------------------- pictures of your own

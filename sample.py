@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 import model
 import prepare
 from model import PRX, UserError, shift_time, velocity, whole_file
-from prepare import PARTS, caption, flag, leave_open, random_monster, render
+from prepare import PARTS, caption_of, flag, leave_open, random_monster, render
 
 
 # ---------------------------------------------------------------------------------------- drawing
@@ -112,15 +112,15 @@ def grid(pictures, prompts, columns):
     """A PIL picture of pictures (N, H, W, 3) uint8, small ones enlarged, each above its prompt."""
     scale = math.ceil(128 / pictures.shape[2])
     height, width = pictures.shape[1] * scale, pictures.shape[2] * scale
-    size = columns * (width + 8), math.ceil(len(pictures) / columns) * (height + 68)
+    size = columns * (width + 8), math.ceil(len(pictures) / columns) * (height + 82)
     sheet = Image.new("RGB", size, "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
     for number, (picture, prompt) in enumerate(zip(pictures, prompts, strict=True)):
-        x, y = number % columns * (width + 8) + 4, number // columns * (height + 68) + 4
+        x, y = number % columns * (width + 8) + 4, number // columns * (height + 82) + 4
         pen.rectangle((x - 1, y - 1, x + width, y + height), outline="lightgray")
         sheet.paste(Image.fromarray(picture).resize((width, height), Image.NEAREST), (x, y))
         letters = prompt.encode("latin-1", "backslashreplace").decode("latin-1")  # of this font
-        text = "\n".join(textwrap.wrap(letters, width // 6)[:4])
+        text = "\n".join(textwrap.wrap(letters, width // 6)[:5])
         pen.multiline_text((x, y + height), text, "black", font, spacing=2)
     return sheet
 
@@ -176,7 +176,7 @@ def score(network, info, compute, count):
         split = "new" if kind == "new" else "held-out"
         monsters = [random_monster(rng, split) for _ in range(count)]
         told = [leave_open(each, 3, rng) for each in monsters] if kind == "few" else monsters
-        embeddings = encode_prompts([caption(each, rng) for each in told], info, compute)
+        embeddings = encode_prompts([caption_of(each, rng) for each in told], info, compute)
         pictures = draw(network, info, compute, embeddings, range(count))
         results = [check(*both) for both in zip(pictures, told, strict=True)]
         shares[kind] = np.mean([result.pop("all") for result in results])
@@ -184,7 +184,7 @@ def score(network, info, compute, count):
             shares |= {key: np.mean([result[key] for result in results]) for key in results[0]}
     colours = list(prepare.COLOURS) * (count // len(prepare.COLOURS))
     told = [dict.fromkeys(PARTS) | {"colour": colour} for colour in colours]
-    embeddings = encode_prompts([caption(each, rng) for each in told], info, compute)
+    embeddings = encode_prompts([caption_of(each, rng) for each in told], info, compute)
     pictures = draw(network, info, compute, embeddings, range(len(told)))
     drawn = [fit(*both) for both in zip(pictures, told, strict=True)]
     true = [random_monster(rng) for _ in range(20 * count)]

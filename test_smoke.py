@@ -304,11 +304,11 @@ def test_captions_tell_a_monster_in_several_ways():
     dice = random.Random(0)
     names = ("blue", "round", "red spots", "three eyes", "a smile", "a green crown", "yellow")
     monster = dict(zip(prepare.PARTS, names, strict=True))
-    told = {prepare.caption(monster, dice) for _ in range(2000)}
+    told = {prepare.caption_of(monster, dice) for _ in range(2000)}
     with_crown = "three eyes, a smile, red spots and a green crown on a yellow ground"
     for body_and_colour in ("round blue", "blue round"):
         assert f"a {body_and_colour} monster with {with_crown}" in told
-    told = {prepare.caption(prepare.leave_open(monster, 7, dice), dice) for _ in range(2000)}
+    told = {prepare.caption_of(prepare.leave_open(monster, 7, dice), dice) for _ in range(2000)}
     assert {"a round monster", "a monster on a yellow ground", "a monster with a smile"} <= told
     assert "a blue monster with a green crown and three eyes" in told
 
