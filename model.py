@@ -308,6 +308,8 @@ def whole_file(path):
             os.fsync(file.fileno())
         os.replace(unfinished, path)
     except (OSError, RuntimeError) as error:  # RuntimeError is torch.save's
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
         raise UserError(f"{path} cannot be written: {error}") from error
 
 

@@ -73,14 +73,13 @@ BODIES = {
     "pointed": [[(16, 7), (16, 29), (3, 29)]],
     "hairy": [oval(16, 20, 12.5, 12.5, 5)],
 }
-FOOT = oval(11, 29, 3, 2.5)
 SPOTS = [oval(9, 15, 2, 2), oval(12.5, 28, 2, 2), oval(6, 23, 2, 2)]
 STRIPES = [[(0, y), (16, y), (16, y + 2), (0, y + 2)] for y in (12, 18, 24)]
 # What a monster has, and the kinds that there are of it. A kind is a list of layers, from back to
 # front, each a colour and shapes. Where its name has {}, there is one in each of the colours.
 KINDS = {
     "colour": dict.fromkeys(COLOURS, ()),
-    "body": {name: [(OWN, [*shapes, FOOT])] for name, shapes in BODIES.items()},
+    "body": {name: [(OWN, [*shapes, oval(11, 29, 3, 2.5)])] for name, shapes in BODIES.items()},
     "pattern": {"plain skin": (), "{} spots": [(EACH, SPOTS)], "{} stripes": [(EACH, STRIPES)]},
     "eyes": {
         "one eye": eyes(3.6, (16, 17)),
@@ -164,8 +163,7 @@ def coverage(part, name, size):
 
 def render(monster, size):
     """Draw a monster: (size, size, 3) uint8."""
-    ground = np.array(GROUNDS[monster["ground"]], np.float32)
-    picture = np.tile(ground[:, None, None], (1, size, size))
+    picture = np.tile(np.float32(GROUNDS[monster["ground"]])[:, None, None], (1, size, size))
     [[body, _]] = coverage("body", monster["body"], size)
     order = ["body", "pattern", "eyes", "mouth"]  # from back to front
     order.insert(4 if monster["head"].endswith(("hat", "crown")) else 0, "head")
@@ -174,7 +172,7 @@ def render(monster, size):
         colours = {EACH: rgb, OWN: COLOURS[monster["colour"]]}
         shares = coverage(part, monster[part], size)
         for (colour, _), (inside, outside) in zip(layers, shares, strict=True):
-            paint = np.array(colours.get(colour, colour), np.float32)[:, None, None]
+            paint = np.float32(colours.get(colour, colour))[:, None, None]
             if part == "pattern":
                 inside = inside * body
             elif colour not in (INK, TONGUE):
