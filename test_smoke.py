@@ -314,8 +314,7 @@ def test_captions_tell_a_monster_in_several_ways():
 
 
 def test_what_captions_leave_open_is_even_in_true_drawings_and_uneven_in_equal_ones():
-    dice = random.Random(0)
-    others, true = ([prepare.random_monster(dice) for _ in range(n)] for n in (4000, 400))
+    others, true = ([prepare.random_monster(random) for _ in range(n)] for n in (4000, 400))
     assert sample.uneven(true, others, "body") < 0.08
     assert sample.uneven(true[:1] * 400, others, "body") > 0.7
 
@@ -346,10 +345,11 @@ def test_settings_become_flags_whatever_the_fields(monkeypatch, capsys):
         ("train --steps 20", "--warmup 30 is longer than the run of 20 steps"),
         ("train --init x --predict v", "--init has a predict of its own"),
         ("train --data nowhere", "nowhere/meta.json cannot be read"),
-        ("sample a --n 0", "--n 0 is not from 1"),
+        ("train --batch-size 4000000", "--batch-size 4000000 is not from 1 to 65536"),
         ("sample a --run x/y", "x/y is no folder"),
         ("prepare nowhere", "nowhere has no picture to use"),
         ("prepare --size 100", "--size 100 is no multiple of 16"),
+        ("prepare --size 160000", "--size 160000 is not from 0 to 4096"),
     ],
 )
 def test_a_mistake_gets_one_sentence_and_leaves_nothing(command, sentence):

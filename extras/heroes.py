@@ -4,7 +4,7 @@
     python extras/heroes.py heroes-tiles.tar         # or takes a folder, or a clone of crawl/tiles
     python prepare.py heroes --size 32
     torchrun train.py --data data/heroes --steps 800
-    python sample.py --run out/heroes "an elf woman in a red robe with a blue cloak and a bow"
+    python sample.py --run out/heroes "an elf woman in a red coat with a blue cloak and a bow"
 
 The tiles are from Dungeon Crawl Stone Soup, by its artists, who gave them to the public domain
 (CC0, github.com/crawl/tiles). An eighth of all pairs of body and garment is never made: such pairs
