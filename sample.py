@@ -67,9 +67,10 @@ def encode_prompts(prompts, info, compute):
     """Embeddings of the empty caption and of prompts: a list of (L, D), on the CPU. The text
     encoder, which may be larger than the model, is in memory only meanwhile."""
     text_encoder = model.load_text_encoder(info["text"], compute)
-    longest = max(len(text_encoder.tokenize(prompt)) for prompt in prompts)
-    if longest > model.MAX_TOKENS:
-        print(f"only {model.MAX_TOKENS} tokens of a prompt are read, and one has {longest}")
+    words = {word for prompt in prompts for word in text_encoder.tokenize(prompt)}
+    unknown = words.difference(info.get("words", words))
+    if unknown:  # to Words; other text encoders know what they were trained on
+        print(f"these words were in no caption of the training: {', '.join(sorted(unknown))}")
     return [embedding.cpu() for embedding in text_encoder.encode(["", *prompts])]
 
 
@@ -86,7 +87,7 @@ def draw(network, info, compute, embeddings, seeds):
     prompt is longer than every caption in the training was. info is what a run keeps in
     nanoprx.json: `codec` and `text` by name, `latent_shape`, `mean` and `std` of latents, how the
     model was trained (`predict`, `shift`, `mask`, `tokens` to which captions were filled up), how
-    to draw (`steps`, `guidance`), and `examples`, which are prompts.
+    to draw (`steps`, `guidance`), `examples`, which are prompts, and the `words` of captions.
     """
     codec, device = model.load_codec(info["codec"], compute), compute.device
     network = network.to(device).eval()
@@ -101,8 +102,6 @@ def draw(network, info, compute, embeddings, seeds):
         with compute.autocast():
             latents = generate(network, empty, prompts[part], noise.to(device), info)
             images = codec.decode(latents * std + mean)
-        if not images.isfinite().all():
-            raise UserError("the model drew infinite values; train it anew with lower --lr")
         images = ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte()
         pictures.append(images.permute(0, 2, 3, 1).cpu().numpy())
     return np.concatenate(pictures)
@@ -213,8 +212,6 @@ class Settings:
 def sample(settings):
     """Draw prompts with a trained model, or score it. Raises UserError where the run is none."""
     compute = model.pick_device(settings.device)
-    if compute.device.type == "cpu":
-        compute.dtype = torch.float32  # draws the same on each CPU, and nearly as fast
     network, info = load_run(settings.run)
     for name in ("steps", "guidance"):
         if getattr(settings, name) is not None:

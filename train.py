@@ -371,6 +371,9 @@ class Run:
         captions = prepare.read_captions(self.cache.folder)
         examples = [captions[index] for index in self.held_out[:100]] + captions[:100]
         self.info["examples"] = list(dict.fromkeys(examples))[:12]  # no caption twice
+        if meta["text"] == "words":
+            words = {word for caption in captions for word in model.Words().tokenize(caption)}
+            self.info["words"] = sorted(words)
         self.embeddings = encode_prompts(self.info["examples"], self.info, compute)
         # That of the empty caption comes first. It is padded like the captions of the cache.
         self.empty_caption = pad(self.embeddings[:1], meta["tokens"]).to(compute.device)

@@ -32,7 +32,7 @@ class Settings:
     width: int = flag(128, "hidden size", 16)
     depth: int = flag(3, "blocks", 2)
     tokens: int = flag(16, "image tokens, a square number", 1)
-    text_tokens: int = flag(9, "text tokens", 1)
+    text_tokens: int = flag(17, "text tokens", 1)
     batch_size: int = flag(128, "pictures in a step", 1)
     route: float = flag(0.0, "share of tokens that skip blocks, in our network", 0, 0.95)
     pairs: int = flag(15, "how often each is measured, in turn", 1)
