@@ -37,10 +37,10 @@ class PRXConfig:
     mlp_ratio: float = 3.5
     num_heads: int = 28
     depth: int = 16
-    axes_dim: tuple = (32, 32)  # rotary dimensions for rows and for columns, together a head
+    axes_dim: tuple = (32, 32)  # rotary dimensions for rows and for columns; their sum is a head's
     theta: int = 10000
     time_factor: float = 1000.0  # multiplies timesteps before their cosines and sines are taken
-    time_max_period: int = 10000  # the longest period of these
+    time_max_period: int = 10000  # over 2 pi the longest period is about this
     bottleneck_size: int | None = None  # width between two layers that read pixel patches
 
 
@@ -152,7 +152,7 @@ class PRX(nn.Module):
         for name, parameter in self.named_parameters():
             if "modulation" in name or "final_layer" in name:
                 nn.init.zeros_(parameter)  # blocks begin as the identity, the output as 0
-        # TREAD routes blocks 2 to 12, from 0 on, of 16, as in PRX; 2 to 6 of 8, and 1 of 3.
+        # TREAD routes blocks 2 to 12 of 0 to 15, as in PRX, 2 to 6 of 0 to 7, and 1 of 0 to 2.
         self.routed = range(min(2, depth // 3), max(1, depth - max(1, depth // 5)))
         self.repa_block = (depth - 1) // 2  # which is a routed one
         self.projector = None
@@ -231,9 +231,9 @@ class PRX(nn.Module):
 # x_t = (1 - t) x + t noise leads straight from a picture x (t = 0) to noise (t = 1). Its velocity,
 # noise - x, is the same all along the line (rectified flow, arXiv 2209.03003).
 def velocity(output, x_t, t, predict, t_floor=0.0):
-    """The velocity that a model's output (B, C, H, W) at x_t and t (B,) stands for: itself ("v"),
-    or that from a clean picture ("x"; JiT, 2511.13720), for which t is clamped at t_floor, since
-    near t = 0 the division blows up small errors."""
+    """The velocity (B, C, H, W) that a model's output at x_t and t (B,) stands for. "v": the output
+    is the velocity. "x": it is a clean picture (JiT, 2511.13720), and the velocity leads from there
+    to x_t; t is clamped at t_floor, since near t = 0 the division blows up small errors."""
     if predict == "v":
         return output
     return (x_t - output) / t.clamp(min=t_floor)[:, None, None, None]
@@ -245,8 +245,8 @@ def shift_time(t, shift):
 
 
 def sample_timesteps(n, shift, generator):
-    """n timesteps in [0.001, 1], shifted: sigmoids of a normal (SD3), but 3 in 10 uniform (PRX: 1).
-    Both come of an even grid that chance moves along, which calms the loss (VDM, 2107.00630)."""
+    """n timesteps in [0.001, 1], shifted: sigmoids of a normal (SD3), but 3 in 10 uniform (PRX: 1
+    in 10). They are evenly spaced, from a random start, which calms the loss (VDM, 2107.00630)."""
     device = generator.device
     start = torch.rand(1, generator=generator, device=device)
     uniform = (torch.arange(n, device=device) / n + start) % 1

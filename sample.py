@@ -2,7 +2,7 @@
 
 python sample.py "a red monster with three eyes and a green party hat"
 python sample.py "a red dress" --run out/photos --n 4 --out dresses/     # single files
-python sample.py --score                         # the prompt accuracy on held-out monsters
+python sample.py --score                         # of held-out monsters, how many are right
 """
 
 import collections
@@ -46,8 +46,8 @@ def generate(network, empty, text, x, info):
 
 
 def text_mask(text, info):
-    """The mask (B, T) of text (B, T, D), for a model that was trained with one: rows of zeros are
-    padding. Others see them, so that attention takes the flash kernel."""
+    """The mask (B, T) of text (B, T, D), in which rows of zeros are padding, for official models.
+    Ours are trained without, and see the padding, so that attention takes the flash kernel."""
     return (text != 0).any(dim=2) if info["mask"] else None
 
 
@@ -138,7 +138,7 @@ def variants(monster, part):
 
 
 def fit(picture, told):
-    """The monster that fits a picture (size, size, 3) uint8 best, of those with the parts told."""
+    """The monster with the parts told that fits a picture best, as found part by part."""
     monster = {part: name or next(iter(PARTS[part])) for part, name in told.items()}
     for part in 2 * list(PARTS):  # twice, as the first choices saw others yet unfitted
         if told[part] is None:
@@ -167,8 +167,8 @@ def uneven(monsters, others, part):
 
 def score(network, info, compute, count):
     """Shares of `count` pictures that are right: "told", held-out monsters told in full, and each
-    of their parts; "few", with one to three parts told; "new", whose colour and body were never
-    trained together. Then how "uneven" is what "a red monster" leaves open, and true ones are."""
+    of their parts; "few", one to three parts told; "new", colour and body never trained together.
+    Then how "uneven" is what "a red monster" and the like leave open, and true ones by chance."""
     shares = {}
     for seed, kind in enumerate(("told", "few", "new")):
         rng = random.Random(seed)
@@ -205,7 +205,7 @@ class Settings:
     steps: int = flag(None, "Euler steps; none: as the run says, 20", 1)
     guidance: float = flag(None, "guidance scale, 1 is none; none: as the run says, 2")
     seed: int = flag(0, "of the first picture of a prompt; the next has seed + 1", 0, 2**32)
-    score: bool = flag(False, "report the prompt accuracy on held-out monsters instead")
+    score: bool = flag(False, "judge pictures of held-out monsters instead")
     device: str = flag("auto", "the best there is", choices=("auto", "cpu", "cuda", "mps"))
 
 

@@ -42,8 +42,8 @@ class Settings:
     steps: int = flag(600, "optimizer steps; with more a finished run goes on", 1)
     batch_size: int = flag(128, "pictures in a step, over all processes (PRX: 256)", 1, 2**16)
     micro_batch: int = flag(0, "pictures a process takes at once, to save memory; 0: all")
-    held_out: float = flag(0.02, "share of the cache for validation, at most 1,024", 0, 0.5)
-    seed: int = flag(0, "of the weights, the order, the noise and the timesteps", 0, 2**32 - 1)
+    held_out: float = flag(0.02, "share for validation, of 1,024 pictures at most", 0, 0.5)
+    seed: int = flag(0, "of all chance, such as weights, order and noise", 0, 2**32 - 1)
     save_every: int = flag(500, "steps from checkpoint to checkpoint", 1)
     sample_every: int = flag(100, "steps from sample grid to sample grid", 1)
     patch_size: int = flag(0, "side of a token in latents; 0: 8 or more for pixels, else 2")
@@ -62,7 +62,7 @@ class Settings:
     warmup: int = flag(30, "steps of linear warm-up (PRX: 1,000)")
     cooldown: float = flag(0.3, "last share of the steps, with a linear cool-down (PRX: 0)", 0, 1)
     clip: float = flag(1.0, "norm to which gradients are clipped (PRX: 0.2)", 1e-6)
-    ema: float = flag(0.98, "decay of the average a step (PRX: 0.999 every 10)", 0, 0.99999)
+    ema: float = flag(0.98, "decay of the average a step (PRX: 0.999 every 10 steps)", 0, 0.99999)
     device: str = flag("auto", "the best there is", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str = flag("auto", "of matrix products", choices=("auto", "bf16", "fp32"))
     compile: bool = flag(False, "torch.compile the blocks, which pays in long runs on a GPU")
@@ -489,7 +489,7 @@ def train(settings):
         print(f"{settings.out} is trained; draw with: python sample.py --run {settings.out} PROMPT")
         if run.info["source"] == "":
             accuracies = score(run.ema, run.info, compute, 128).items()
-            print("prompt accuracy:", *(f"{name} {share:.1%}" for name, share in accuracies))
+            print("quick score:", *(f"{name} {share:.1%}" for name, share in accuracies))
     if world_size > 1:
         dist.barrier()  # while the first process draws and scores
         dist.destroy_process_group()
