@@ -203,7 +203,7 @@ class Settings:
     out: str = flag("sample.png", "one picture (.png) of all, or a folder for one file each")
     n: int = flag(1, "pictures for each prompt", 1)
     steps: int = flag(None, "Euler steps; none: as the run says, 20", 1)
-    guidance: float = flag(None, "guidance scale, 1 is none; none: as the run says, 2")
+    guidance: float = flag(None, "guidance scale, 1 is none; none: as the run says, 1.5")
     seed: int = flag(0, "of the first picture of a prompt; the next has seed + 1", 0, 2**32)
     score: bool = flag(False, "judge pictures of held-out monsters instead")
     device: str = flag("auto", "the best there is", choices=("auto", "cpu", "cuda", "mps"))

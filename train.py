@@ -174,7 +174,7 @@ def make_model(settings, meta, first):
         bottleneck_size=(settings.bottleneck or None) if is_pixels else None,
     )
     how = {"predict": settings.predict, "shift": settings.shift, "mask": False}
-    return PRX(config, repa_dim), meta | how | {"steps": 20, "guidance": 2.0}
+    return PRX(config, repa_dim), meta | how | {"steps": 20, "guidance": 1.5}
 
 
 class Muon(torch.optim.Optimizer):
