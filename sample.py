@@ -118,7 +118,7 @@ def grid(pictures, prompts, columns):
         x, y = number % columns * (width + 8) + 4, number // columns * (height + 82) + 4
         pen.rectangle((x - 1, y - 1, x + width, y + height), outline="lightgray")
         sheet.paste(Image.fromarray(picture).resize((width, height), Image.NEAREST), (x, y))
-        letters = prompt.encode("latin-1", "backslashreplace").decode("latin-1")  # of this font
+        letters = prompt.encode("ascii", "replace").decode()  # the font has no others
         text = "\n".join(textwrap.wrap(letters, width // 6)[:5])
         pen.multiline_text((x, y + height), text, "black", font, spacing=2)
     return sheet
