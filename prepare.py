@@ -391,7 +391,7 @@ def load_square(item, load, size):
     try:
         caption, picture = load(item)
         caption = " ".join(caption.encode(errors="replace").decode().split())
-        if not any(map(str.isalnum, caption)):
+        if not model.Words().tokenize(caption):  # such as "!!!" or "the"
             raise LeftOut("caption of no word")
     except LeftOut as reason:
         return str(item), None, None, f"left out: {reason}"

@@ -440,7 +440,7 @@ def test_what_cannot_be_used_is_left_out_and_counted_by_reason(capsys):
         "z_good.png": picture,
         "z_hidden/.z.png": picture,
     }
-    captions = dict.fromkeys(files, "two words") | {"marks.png": "!!! 🙂", "latin.png": b"caf\xe9"}
+    captions = dict.fromkeys(files, "two words") | {"marks.png": "A !! 🙂", "latin.png": b"caf\xe9"}
     del captions["bare.png"]
     write_files({f"photos/{name}": data for name, data in files.items()})
     write_files({f"photos/{name.rsplit('.', 1)[0]}.txt": text for name, text in captions.items()})
