@@ -423,7 +423,7 @@ class Words:
     """Text embeddings that need no download, for captions of a few hundred different words.
 
     A word is a random vector seeded by its spelling (the hashing trick, arXiv 0902.2206), a token
-    a word beside its left and right neighbours, so that "red circle" is not "circle red".
+    a word beside its left and right neighbours, which tell whose "red" a red is.
     """
 
     dim = 3 * 32

@@ -43,9 +43,9 @@ from model import UserError, read_json, write_json
 
 # --------------------------------------------------------------------- the built-in world: monsters
 COLOURS = {"red": (222, 48, 48), "yellow": (250, 210, 50), "green": (60, 170, 75)}
-COLOURS |= {"cyan": (70, 205, 220), "blue": (50, 100, 220), "purple": (135, 65, 185)}
-COLOURS |= {"pink": (245, 135, 185), "brown": (135, 90, 55)}
-GROUNDS = {"white": (252, 252, 250), "grey": (200, 204, 208), "yellow": (255, 243, 180)}
+COLOURS |= {"cyan": (70, 205, 220), "blue": (45, 95, 225), "purple": (150, 55, 190)}
+COLOURS |= {"pink": (250, 140, 190), "white": (252, 252, 248)}
+GROUNDS = {"white": (252, 252, 248), "grey": (200, 204, 208), "yellow": (255, 243, 180)}
 GROUNDS |= {"pink": (255, 216, 228), "blue": (195, 226, 252), "green": (206, 240, 200)}
 INK, WHITE, BONE, TONGUE = (45, 35, 55), (255, 255, 255), (240, 232, 205), (165, 30, 60)
 OWN, EACH = "the monster's colour", "each of COLOURS"
@@ -73,8 +73,8 @@ BODIES = {
     "pointed": [[(16, 7), (16, 29), (3, 29)]],
     "hairy": [oval(16, 20, 12.5, 12.5, 5)],  # with its mirror image a star of ten points
 }
-SPOTS = [oval(9, 15, 2, 2), oval(12.5, 28, 2, 2), oval(6, 23, 2, 2)]
-STRIPES = [[(0, y), (16, y), (16, y + 2), (0, y + 2)] for y in (12, 18, 24)]
+SPOTS = [oval(9, 15, 2.3, 2.3), oval(12.5, 28, 2.3, 2.3), oval(6, 23, 2.3, 2.3)]
+STRIPES = [[(0, y), (16, y), (16, y + 3), (0, y + 3)] for y in (12, 18, 24)]
 # What a monster has, and the kinds that there are of it. A kind is a list of layers, from back to
 # front, each a colour and shapes. Where its name has {}, there is one in each of the colours.
 KINDS = {
@@ -161,23 +161,32 @@ def coverage(part, name, size):
     return shares
 
 
+@functools.cache
+def paint(part, name, behind, size):
+    """What a part leaves of the picture behind it, a share (size, size), and what it adds to that,
+    (3, size, size). behind is the body that a pattern lies on, or for others its colour."""
+    layers, rgb = PARTS[part][name]
+    colours = {EACH: rgb, OWN: COLOURS.get(behind)}
+    stays, added = np.float32(1), np.float32(0)
+    for (colour, _), (inside, outside) in zip(layers, coverage(part, name, size), strict=True):
+        tint = np.float32(colours.get(colour, colour))[:, None, None]
+        if part == "pattern":
+            inside = inside * coverage("body", behind, size)[0][0]
+        elif colour not in (INK, TONGUE):  # others have a darker outline
+            stays, added = stays * (1 - outside), added + outside * (0.35 * tint - added)
+        stays, added = stays * (1 - inside), added + inside * (tint - added)
+    return stays, added
+
+
 def render(monster, size):
     """Draw a monster: (size, size, 3) uint8."""
-    picture = np.tile(np.float32(GROUNDS[monster["ground"]])[:, None, None], (1, size, size))
-    [[body, _]] = coverage("body", monster["body"], size)
+    picture = np.float32(GROUNDS[monster["ground"]])[:, None, None]
     order = ["body", "pattern", "eyes", "mouth"]  # from back to front
     order.insert(4 if monster["head"].endswith(("hat", "crown")) else 0, "head")
     for part in order:
-        layers, rgb = PARTS[part][monster[part]]
-        colours = {EACH: rgb, OWN: COLOURS[monster["colour"]]}
-        shares = coverage(part, monster[part], size)
-        for (colour, _), (inside, outside) in zip(layers, shares, strict=True):
-            paint = np.float32(colours.get(colour, colour))[:, None, None]
-            if part == "pattern":
-                inside = inside * body
-            elif colour not in (INK, TONGUE):  # others have a darker outline
-                picture += outside * (0.35 * paint - picture)
-            picture += inside * (paint - picture)
+        behind = monster["body" if part == "pattern" else "colour"]
+        stays, added = paint(part, monster[part], behind, size)
+        picture = picture * stays + added
     return picture.round().astype(np.uint8).transpose(1, 2, 0)
 
 
@@ -186,6 +195,10 @@ def draw_monster(number, size):
     rng = random.Random(number)
     monster = random_monster(rng)
     told = leave_open(monster, len(PARTS), rng)
+    for part in ("pattern", "head"):
+        if told[part] not in (None, *KINDS[part]) and rng.random() < 0.3:  # it has a colour
+            # "party hat" or "hat" for "a red party hat", "spots" for "blue spots"
+            told[part] = " ".join(told[part].split()[-rng.randint(1, 2) :])
     return caption_of(told, rng), Image.fromarray(render(monster, size))
 
 
@@ -248,8 +261,8 @@ def load_picture(data):
 
 # ----------------------------------------------------------------------------------- command line
 def flag(default, text, low=0, high=float("inf"), **how):
-    """A field of a settings class that `run_script` makes a flag: its default, its help, the range
-    of a number, and what argparse takes besides. With `nargs` it is positional."""
+    """A field that `run_script` makes a flag: its default, its help, the range of a number, and
+    what argparse takes besides. With `nargs` it is positional."""
     text = f"{text} (default: {default!r})".replace("%", "%%")
     metadata = {"how": how | {"default": default, "help": text}, "range": (low, high)}
     return dataclasses.field(default=default, metadata=metadata)
@@ -288,8 +301,7 @@ def run_script(main, settings_class, description):
 
 
 def refuse_differences(folder, old, new):
-    """Raise UserError if a folder was begun with other settings. One that did not exist then is
-    left alone, so that a fork may add some."""
+    """Raise UserError if a folder was begun with other settings, but for those added since then."""
     changed = [key for key in new if old.get(key, new[key]) != new[key]]
     if changed:
         told = "; ".join(f"{key} was {old[key]!r} and is now {new[key]!r}" for key in changed)
@@ -310,8 +322,7 @@ class Settings:
     device: str = flag("auto", "the best there is", choices=("auto", "cpu", "cuda", "mps"))
 
     def __post_init__(self):
-        name = Path(self.source).resolve().name if self.source else "monsters"
-        self.out = self.out or f"data/{name}"
+        self.out = self.out or f"data/{Path(self.source or 'monsters').resolve().name}"
         self.size = self.size or (256 if self.source else 32)
         self.limit = self.limit or (0 if self.source else 20_000)
         if self.size % 16:
@@ -353,21 +364,22 @@ def write_cache(settings, items, load):
     print(f"{out}: writing the cache, which has {meta['count']:,} pictures so far")
     remaining = itertools.islice(items, meta["seen"], None)
     load_one = functools.partial(load_square, load=load, size=size)
+    # Threads read and decode files side by side; monsters are drawn in Python, where they do not.
+    loaded = map_ahead(load_one, remaining, 64) if settings.source else map(load_one, remaining)
     batch, batch_size = [], max(1, 2**22 // size**2)  # pictures of 4 million pixels together
-    with tqdm(total=operator.length_hint(items) or None, initial=meta["seen"], disable=None) as bar:
-        for name, caption, picture, note in map_ahead(load_one, remaining, 64):
-            if 0 < settings.limit <= meta["count"]:  # a limit of 0 is none
-                break
-            bar.update()
-            meta["seen"] += 1
-            if note is not None:
-                meta["notes"].setdefault(note, [0, name])[0] += 1
-            if caption is not None:
-                batch.append((caption, picture))
-                meta["count"] += 1
-            if len(batch) == batch_size:
-                append(out, encode(batch, meta, codec, text_encoder, compute), meta)
-                batch = []
+    how = {"total": operator.length_hint(items) or None, "initial": meta["seen"], "disable": None}
+    for name, caption, picture, note in tqdm(loaded, **how):
+        if 0 < settings.limit <= meta["count"]:  # a limit of 0 is none
+            break
+        meta["seen"] += 1
+        if note is not None:
+            meta["notes"].setdefault(note, [0, name])[0] += 1
+        if caption is not None:
+            batch.append((caption, picture))
+            meta["count"] += 1
+        if len(batch) == batch_size:
+            append(out, encode(batch, meta, codec, text_encoder, compute), meta)
+            batch = []
     if batch:
         append(out, encode(batch, meta, codec, text_encoder, compute), meta)
     finish(out, meta)
@@ -407,7 +419,7 @@ def encode(batch, meta, codec, text_encoder, compute):
     lines = "".join(json.dumps(caption) + "\n" for caption in captions)
     digests = np.array([zlib.crc32(picture) for picture in pictures], np.uint32)
     images = torch.from_numpy(np.stack(pictures)).to(compute.device).permute(0, 3, 1, 2)
-    latents, sums = b"", np.array(meta["sums"])  # sums (2, C) of latents and of their squares
+    latents, sums = [], np.array(meta["sums"])  # sums (2, C) of latents and of their squares
     with compute.autocast():
         text = [rows.half().cpu().numpy() for rows in text_encoder.encode(captions)]
         for part in images.split(64):
@@ -415,10 +427,10 @@ def encode(batch, meta, codec, text_encoder, compute):
             sums = sums + [x.mean((2, 3)).sum(0), (x**2).mean((2, 3)).sum(0)]
             if codec.stored_dtype == "uint8":
                 x = ((x + 1) * 127.5).round()
-            latents += x.astype(codec.stored_dtype).tobytes()
+            latents.append(x.astype(codec.stored_dtype).tobytes())
     lengths = np.array([len(rows) for rows in text], np.int32)
     meta["sums"], meta["tokens"] = sums.tolist(), max(meta["tokens"], lengths.max().item())
-    parts = {"latents.bin": latents, "text.bin": np.concatenate(text).tobytes()}
+    parts = {"latents.bin": b"".join(latents), "text.bin": np.concatenate(text).tobytes()}
     parts |= {"lengths.bin": lengths.tobytes(), "digest.bin": digests.tobytes()}
     return parts | {"captions.jsonl": lines.encode()}
 

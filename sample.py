@@ -84,10 +84,9 @@ def draw(network, info, compute, embeddings, seeds):
     """Pictures (B, H, W, 3) uint8 for what `encode_prompts` gives.
 
     Each begins with noise of its own seed, so that it is the same whatever else is drawn, unless a
-    prompt is longer than every caption in the training was. info is what a run keeps in
-    nanoprx.json: `codec` and `text` by name, `latent_shape`, `mean` and `std` of latents, how the
-    model was trained (`predict`, `shift`, `mask`, `tokens` to which captions were filled up), how
-    to draw (`steps`, `guidance`), `examples`, which are prompts, and the `words` of captions.
+    prompt is longer than every caption in the training was. info is a run's nanoprx.json: `codec`,
+    `text`, `latent_shape`, `mean`, `std`, how the model was trained (`predict`, `shift`, `mask`,
+    `tokens` of the longest caption), how to draw (`steps`, `guidance`), `examples`, and `words`.
     """
     codec, device = model.load_codec(info["codec"], compute), compute.device
     network = network.to(device).eval()
@@ -140,22 +139,21 @@ def variants(monster, part):
 def fit(picture, told):
     """The monster with the parts told that fits a picture best, as found part by part."""
     monster = {part: name or next(iter(PARTS[part])) for part, name in told.items()}
-    for part in 2 * list(PARTS):  # twice, as the first choices saw others yet unfitted
+    for part in 3 * list(PARTS):  # again, as the first choices saw others yet unfitted
         if told[part] is None:
             monster = min(variants(monster, part), key=lambda each: error(picture, each))
     return monster
 
 
 def check(picture, told):
-    """What a picture (size, size, 3) uint8 shows of a monster: a dict of each part that is told,
-    and "all", which is strict. A part is right if no other in its place fits the picture better,
-    when the best is assumed of what is left open (None)."""
+    """Which of the parts told are right in a picture (size, size, 3) uint8, a dict: those where no
+    other name fits better, with the best for parts left open; and "all", if it is near as well."""
     monster, result = fit(picture, told), {}
     least = error(picture, monster)
     for part in told:
         if told[part] is not None:
             result[part] = least <= min(error(picture, each) for each in variants(monster, part))
-    result["all"] = all(result.values()) and least < 1500  # a blank has over 3,000
+    result["all"] = all(result.values()) and least < 1500  # a blank has over 1,900
     return result
 
 
@@ -169,25 +167,20 @@ def score(network, info, compute, count):
     """Shares of `count` pictures that are right: "told", held-out monsters told in full, and each
     of their parts; "few", one to three parts told; "new", colour and body never trained together.
     Then how "uneven" is what "a red monster" and the like leave open, and true ones by chance."""
-    shares = {}
-    for seed, kind in enumerate(("told", "few", "new")):
-        rng = random.Random(seed)
-        split = "new" if kind == "new" else "held-out"
-        monsters = [random_monster(rng, split) for _ in range(count)]
-        told = [leave_open(each, 3, rng) for each in monsters] if kind == "few" else monsters
+    rng, shares = random.Random(0), {}
+    full, new = ([random_monster(rng, x) for _ in range(count)] for x in ("held-out", "new"))
+    few = [leave_open(monster, 3, rng) for monster in full]
+    bare = [dict.fromkeys(PARTS) | {"colour": monster["colour"]} for monster in full]
+    for kind, told in {"told": full, "few": few, "new": new, "uneven": bare}.items():
         embeddings = encode_prompts([caption_of(each, rng) for each in told], info, compute)
         pictures = draw(network, info, compute, embeddings, range(count))
         results = [check(*both) for both in zip(pictures, told, strict=True)]
-        shares[kind] = np.mean([result.pop("all") for result in results])
+        shares[kind] = np.mean([result["all"] for result in results])
         if kind == "told":
-            shares |= {key: np.mean([result[key] for result in results]) for key in results[0]}
-    colours = list(prepare.COLOURS) * (count // len(prepare.COLOURS))
-    told = [dict.fromkeys(PARTS) | {"colour": colour} for colour in colours]
-    embeddings = encode_prompts([caption_of(each, rng) for each in told], info, compute)
-    pictures = draw(network, info, compute, embeddings, range(len(told)))
-    drawn = [fit(*both) for both in zip(pictures, told, strict=True)]
+            shares |= {part: np.mean([result[part] for result in results]) for part in PARTS}
+    drawn = [fit(*both) for both in zip(pictures, bare, strict=True)]
     true = [random_monster(rng) for _ in range(20 * count)]
-    for kind, monsters in (("uneven", drawn), ("by chance", true[: len(told)])):
+    for kind, monsters in (("uneven", drawn), ("by chance", true[:count])):
         parts = ("body", "eyes", "mouth", "head")
         shares[kind] = np.mean([uneven(monsters, true, part) for part in parts])
     return shares

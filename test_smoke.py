@@ -287,9 +287,9 @@ def test_held_out_is_the_monster_not_the_caption():
     assert not {each[:2] for each in trained} & prepare.NEVER_TRAINED
     for number in range(100):
         picture = np.asarray(prepare.draw_monster(number, 32)[1])
-        found = sample.fit(picture, dict.fromkeys(prepare.PARTS))
-        assert prepare.split_of(found) == "train"
-        assert np.array_equal(picture, prepare.render(found, 32))
+        monster = prepare.random_monster(random.Random(number))
+        told = dict.fromkeys(prepare.PARTS) | {"colour": monster["colour"]}
+        assert prepare.split_of(monster) == "train" and sample.fit(picture, told) == monster
 
 
 def test_each_part_looks_like_no_other():
@@ -306,11 +306,17 @@ def test_captions_tell_a_monster_in_several_ways():
     monster = dict(zip(prepare.PARTS, names, strict=True))
     told = {prepare.caption_of(monster, dice) for _ in range(2000)}
     with_crown = "three eyes, a smile, red spots and a green crown on a yellow ground"
-    for body_and_colour in ("round blue", "blue round"):
-        assert f"a {body_and_colour} monster with {with_crown}" in told
+    assert f"a round blue monster with {with_crown}" in told
+    assert f"a blue round monster with {with_crown}" in told
     told = {prepare.caption_of(prepare.leave_open(monster, 7, dice), dice) for _ in range(2000)}
     assert {"a round monster", "a monster on a yellow ground", "a monster with a smile"} <= told
     assert "a blue monster with a green crown and three eyes" in told
+
+
+def test_captions_of_the_training_may_leave_out_the_colour_of_a_hat_or_pattern():
+    told = {prepare.draw_monster(number, 32)[0] for number in range(2000)}
+    for phrase in ("hat", "party hat", "a red party hat", "crown", "spots", "red spots"):
+        assert any(f"with {phrase}" in caption for caption in told)
 
 
 def test_what_captions_leave_open_is_even_in_true_drawings_and_uneven_in_equal_ones():
@@ -340,15 +346,12 @@ def test_settings_become_flags_whatever_the_fields(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("command", "sentence"),
     [
-        ("train --ema 1", "--ema 1.0 is not from 0 to 0.99999"),
-        ("train --steps 20", "--warmup 30 is longer than the run of 20 steps"),
         ("train --init x --predict v", "--init has a predict of its own"),
         ("train --data nowhere", "nowhere/meta.json cannot be read"),
         ("train --batch-size 4000000", "--batch-size 4000000 is not from 1 to 65536"),
         ("sample a --run x/y", "x/y is no folder"),
         ("prepare nowhere", "nowhere has no picture to use"),
         ("prepare --size 100", "--size 100 is no multiple of 16"),
-        ("prepare --size 160000", "--size 160000 is not from 0 to 4096"),
     ],
 )
 def test_a_mistake_gets_one_sentence_and_leaves_nothing(command, sentence):
@@ -613,7 +616,7 @@ def test_an_interrupted_run_goes_on_to_the_bit(monsters, processes):
 
 
 def test_ctrl_c_while_a_finished_run_is_scored_ends_it():
-    how = {"steps": 1, "warmup": 1, "width": 16, "depth": 2, "batch_size": 2, "bottleneck": 4}
+    how = {"steps": 1, "width": 16, "depth": 2, "batch_size": 2, "bottleneck": 4}
     prepare.prepare(prepare.Settings(limit=64))
     process = start("train.py", *flags(how))
     wait_for(Path("out/monsters/learning.gif"), process)
@@ -629,18 +632,15 @@ def test_processes_and_parts_of_a_batch_change_nothing(monsters):
     call("train", *flags(settings | {"out": "parts", "micro_batch": 6}))
     run("train.py", *flags(settings | {"out": "two"}), processes=2)
     for column in ("loss", "repa_loss"):
-        one, *others = (
-            [float(row[column]) for row in read_log(out)] for out in ("one", "two", "parts")
-        )
-        for other in others:
-            np.testing.assert_allclose(one, other, rtol=1e-4)
-    assert one[0] > 0
+        values = [[float(row[column]) for row in read_log(out)] for out in ("one", "two", "parts")]
+        for others in values[1:]:
+            np.testing.assert_allclose(values[0], others, rtol=1e-4)
+    assert values[0][0] > 0
 
 
 def test_a_second_stage_begins_with_the_first_and_later_does_not_need_it(trained, monsters):
     shutil.copytree(trained, "first")
-    how = {"data": monsters, "init": "first", "lr": 1e-9, "muon_lr": 1e-9, "batch_size": 4}
-    how |= {"warmup": 1, "out": "second"}
+    how = {"data": monsters, "init": "first", "lr": 1e-9, "muon_lr": 1e-9, "out": "second"}
     assert call("train", *flags(how | {"steps": 1})) is None
     torch.testing.assert_close(weights_of("second"), weights_of(trained))
     shutil.rmtree("first")

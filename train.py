@@ -39,8 +39,8 @@ class Settings:
     data: str = flag("data/monsters", "a cache that prepare.py wrote")
     out: str = flag("", "folder of the run; '': out/ and the cache's name")
     init: str = flag("", "a run to begin with; its sizes, predict and shift stay")
-    steps: int = flag(600, "optimizer steps; with more a finished run goes on", 1)
-    batch_size: int = flag(128, "pictures in a step, over all processes (PRX: 256)", 1, 2**16)
+    steps: int = flag(800, "optimizer steps; with more a finished run goes on", 1)
+    batch_size: int = flag(56, "pictures in a step, over all processes (PRX: 256)", 1, 2**16)
     micro_batch: int = flag(0, "pictures a process takes at once, to save memory; 0: all")
     held_out: float = flag(0.02, "share for validation, of 1,024 pictures at most", 0, 0.5)
     seed: int = flag(0, "of all chance, such as weights, order and noise", 0, 2**32 - 1)
@@ -52,7 +52,7 @@ class Settings:
     bottleneck: int = flag(64, "width of the bottleneck of pixel patches (PRX: 256); 0: none")
     predict: str = flag("x", "clean picture (JiT; PRX on pixels) or velocity", choices=("x", "v"))
     t_floor: float = flag(0.3, "smallest t that the loss divides by (JiT, PRX: 0.05)", 0.001, 1)
-    shift: float = flag(2.0, "timestep shift, in sampling too (PRX: 3 at 1024 px)", 0.01)
+    shift: float = flag(3.0, "timestep shift, in sampling too (PRX: 3 at 1024 px)", 0.01)
     repa: float = flag(0.0, "weight of REPA, with extras/teacher.py (PRX: 0.5, FID 14.64)")
     route: float = flag(0.0, "share of tokens that skip blocks (TREAD; PRX: 0.5)", 0, 0.95)
     caption_dropout: float = flag(0.1, "share of captions left empty (PRX: 0.1)", 0, 1)
@@ -69,8 +69,6 @@ class Settings:
 
     def __post_init__(self):
         self.out = self.out or f"out/{Path(self.data).resolve().name}"
-        if self.warmup > self.steps:
-            raise UserError(f"--warmup {self.warmup} is longer than the run of {self.steps} steps")
         for name in ("patch_size", "width", "depth", "bottleneck", "predict", "shift"):
             if self.init and getattr(self, name) != getattr(Settings, name):
                 raise UserError(f"--init has a {name} of its own; leave the flag for it out")
@@ -98,13 +96,12 @@ class Cache:
             raise UserError(f"{folder} is no whole cache, prepare it anew: {error!r}") from error
 
     def map(self, name, dtype, *shape):
-        """An array of the cache, read from the disk only where it is used. It is a plain one, as
-        indexing an np.memmap takes longer than copying a row."""
+        """An array, read from the disk where it is used; indexing an np.memmap itself is slow."""
         return np.asarray(np.memmap(self.folder / name, dtype, "r", shape=tuple(map(int, shape))))
 
     def split(self, share):
-        """The indices of examples to train on, and of those held out: a share, at most about 1,024.
-        A hash of pixels decides, so that equal pictures are on one side. Fewer than 4 are none."""
+        """The indices to train on, and those held out: a share, at most about 1,024, by a hash of
+        pixels, so that equal pictures are on one side. Fewer than 4 are none."""
         share = min(share, 1024 / len(self.digests))
         is_held_out = self.digests < share * 2**32  # hashes are uniform
         if not 4 <= is_held_out.sum() < len(is_held_out):
@@ -196,7 +193,6 @@ class Muon(torch.optim.Optimizer):
         for shape, parameters in by_shape.items():
             averages = [self.state[p]["average"] for p in parameters]
             gradients = [p.grad for p in parameters]
-            # As a loop over both lists would do it, but in fewer kernels.
             torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
             # Nesterov looks ahead, to the average after another gradient like this one.
             ahead = torch._foreach_lerp(gradients, averages, group["momentum"])
@@ -209,7 +205,7 @@ class Muon(torch.optim.Optimizer):
 def newton_schulz(x):
     """Move the singular values of matrices x (N, rows, columns) near 1, by a polynomial in x."""
     is_tall = x.shape[1] > x.shape[2]
-    x = x.mT if is_tall else x  # the smaller Gram matrix
+    x = x.mT.contiguous() if is_tall else x  # the smaller Gram matrix
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):  # x becomes 3.4445 x - 4.775 (x xT) x + 2.0315 (x xT)^2 x
         gram = x @ x.mT
@@ -469,8 +465,7 @@ def join_processes(settings, device):
 
 
 def train(settings):
-    """Train as the settings say, or go on with what is in the run's folder. Raises UserError where
-    data are missing, the folder holds another run, or the loss is infinite."""
+    """Train, or go on with the run in its folder. Raises UserError where data or run are wrong."""
     compute = pick_device(settings.device, settings.dtype)
     if settings.compile and not (shutil.which("g++") or shutil.which("clang++")):
         raise UserError("--compile needs a compiler; install g++")
@@ -488,7 +483,7 @@ def train(settings):
         save_film(run)
         print(f"{settings.out} is trained; draw with: python sample.py --run {settings.out} PROMPT")
         if run.info["source"] == "":
-            accuracies = score(run.ema, run.info, compute, 128).items()
+            accuracies = score(run.ema, run.info, compute, 64).items()
             print("quick score:", *(f"{name} {share:.1%}" for name, share in accuracies))
     if world_size > 1:
         dist.barrier()  # while the first process draws and scores
