@@ -324,7 +324,7 @@ def read_json(path):
     try:
         return dict(json.loads(Path(path).read_text("utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path} cannot be read; is the name right? {error}") from error
+        raise UserError(f"{path} cannot be read; misnamed, or not made yet? {error}") from error
 
 
 def fetch(source, *patterns):

@@ -45,8 +45,8 @@ from model import UserError, read_json, write_json
 COLOURS = {"red": (222, 48, 48), "yellow": (250, 210, 50), "green": (60, 170, 75)}
 COLOURS |= {"cyan": (70, 205, 220), "blue": (45, 95, 225), "purple": (150, 55, 190)}
 COLOURS |= {"pink": (250, 140, 190), "white": (252, 252, 248)}
-GROUNDS = {"white": (252, 252, 248), "grey": (200, 204, 208), "yellow": (255, 243, 180)}
-GROUNDS |= {"pink": (255, 216, 228), "blue": (195, 226, 252), "green": (206, 240, 200)}
+BACKGROUNDS = {"white": (252, 252, 248), "grey": (200, 204, 208), "yellow": (255, 243, 180)}
+BACKGROUNDS |= {"pink": (255, 216, 228), "blue": (195, 226, 252), "green": (206, 240, 200)}
 INK, WHITE, BONE, TONGUE = (45, 35, 55), (255, 255, 255), (240, 232, 205), (165, 30, 60)
 OWN, EACH = "the monster's colour", "each of COLOURS"
 NEVER_TRAINED = {("red", "round"), ("blue", "square"), ("yellow", "tall"), ("green", "pointed")}
@@ -102,7 +102,7 @@ KINDS = {
         "a {} top hat": [(EACH, [[(12, 2), (16, 2), (16, 12), (8, 12), (11.5, 10)]])],
         "a {} crown": [(EACH, [[(10, 12), (16, 12), (16, 3), (13, 8), (9, 4)]])],
     },
-    "ground": dict.fromkeys(GROUNDS, ()),
+    "background": dict.fromkeys(BACKGROUNDS, ()),
 }
 PARTS = {part: {} for part in KINDS}  # by part and name: layers, and the rgb that {} stands for
 for part, kinds in KINDS.items():
@@ -121,11 +121,11 @@ def random_monster(rng, split="train"):
 
 
 def split_of(monster):
-    """The split that a monster belongs to, whatever its ground: "new" has a pair of colour and
+    """The split that a monster belongs to, whatever its background: "new" has a pair of colour and
     body in NEVER_TRAINED, "held-out" is an eighth of the others, "train" the rest."""
     if (monster["colour"], monster["body"]) in NEVER_TRAINED:
         return "new"
-    words = " ".join(name for part, name in monster.items() if part != "ground")
+    words = " ".join(name for part, name in monster.items() if part != "background")
     return "held-out" if hashlib.md5(words.encode()).digest()[0] < 32 else "train"
 
 
@@ -144,7 +144,7 @@ def caption_of(told, rng):
     phrases = [told[part] for part in parts if told[part]]
     if phrases:
         text += " with " + " and ".join(", ".join(phrases).rsplit(", ", 1))  # "a, b and c"
-    return f"{text} on a {told['ground']} ground" if told["ground"] else text
+    return f"{text} on a {told['background']} background" if told["background"] else text
 
 
 @functools.cache
@@ -180,7 +180,7 @@ def paint(part, name, behind, size):
 
 def render(monster, size):
     """Draw a monster: (size, size, 3) uint8."""
-    picture = np.float32(GROUNDS[monster["ground"]])[:, None, None]
+    picture = np.float32(BACKGROUNDS[monster["background"]])[:, None, None]
     order = ["body", "pattern", "eyes", "mouth"]  # from back to front
     order.insert(4 if monster["head"].endswith(("hat", "crown")) else 0, "head")
     for part in order:
@@ -463,7 +463,7 @@ def finish(out, meta):
     for note, (count, example) in meta["notes"].items():
         print(f"{count:,} x {note}, such as {example}")
     if meta["count"] == 0:
-        raise UserError(f"{meta['source']} has no picture to use; extras/hub.py reads other sets")
+        raise UserError(f"{meta['source']} is no folder, or has no picture with a caption")
     mean, square = np.array(meta["sums"]) / meta["count"]
     meta |= {"mean": mean.tolist(), "std": np.sqrt((square - mean**2).clip(1e-6)).tolist()}
     write_json(out / "meta.json", meta)

@@ -197,7 +197,7 @@ class Settings:
     n: int = flag(1, "pictures for each prompt", 1)
     steps: int = flag(None, "Euler steps; none: as the run says, 20", 1)
     guidance: float = flag(None, "guidance scale, 1 is none; none: as the run says, 1.5")
-    seed: int = flag(0, "of the first picture of a prompt; the next has seed + 1", 0, 2**32)
+    seed: int = flag(0, "of the first picture; the next has seed + 1, and so on", 0, 2**32)
     score: bool = flag(False, "judge pictures of held-out monsters instead")
     device: str = flag("auto", "the best there is", choices=("auto", "cpu", "cuda", "mps"))
 
@@ -216,7 +216,7 @@ def sample(settings):
             print(f"{name:12}{share:7.1%}")
         return
     prompts = [text for text in settings.prompts or info["examples"] for _ in range(settings.n)]
-    seeds = [settings.seed + number % settings.n for number in range(len(prompts))]
+    seeds = range(settings.seed, settings.seed + len(prompts))
     embeddings = encode_prompts(prompts, info, compute)
     pictures = draw(network, info, compute, embeddings, seeds)
     out, columns = Path(settings.out), min(settings.n if settings.n > 1 else 6, len(prompts), 8)

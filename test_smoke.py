@@ -261,7 +261,7 @@ def test_check_passes_monsters_whatever_is_told_and_is_strict():
             between = (1 - share) * picture + share * prepare.render(other, 32)
             wrong.append(sample.check(between.round().astype(np.uint8), monster)["all"])
         noise = rng.integers(0, 256, picture.shape).astype(np.uint8)
-        blank = np.full_like(picture, dice.choice([*prepare.GROUNDS.values()]))
+        blank = np.full_like(picture, dice.choice([*prepare.BACKGROUNDS.values()]))
         mean = np.mean([prepare.render(prepare.random_monster(dice), 32) for _ in range(9)], axis=0)
         wrong += [sample.check(each.astype(np.uint8), few)["all"] for each in (noise, blank, mean)]
     assert not any(wrong)
@@ -270,8 +270,8 @@ def test_check_passes_monsters_whatever_is_told_and_is_strict():
 def test_check_judges_only_what_is_told_and_names_what_is_wrong():
     monster = prepare.random_monster(random.Random(0)) | {"head": "horns", "eyes": "two eyes"}
     picture = prepare.render(monster, 32)
-    told = monster | {"head": None, "ground": None}
-    assert sample.check(picture, told).keys() == {*told} - {"head", "ground"} | {"all"}
+    told = monster | {"head": None, "background": None}
+    assert sample.check(picture, told).keys() == {*told} - {"head", "background"} | {"all"}
     result = sample.check(picture, monster | {"head": "ears", "eyes": "one eye"})
     assert [name for name, passed in result.items() if not passed] == ["eyes", "head", "all"]
 
@@ -279,7 +279,7 @@ def test_check_judges_only_what_is_told_and_names_what_is_wrong():
 def test_held_out_is_the_monster_not_the_caption():
     def draw(split, count):
         monsters = [prepare.random_monster(dice, split) for _ in range(count)]
-        return {tuple(each[part] for part in each if part != "ground") for each in monsters}
+        return {tuple(each[part] for part in each if part != "background") for each in monsters}
 
     dice = random.Random(0)
     trained, held_out = draw("train", 3000), draw("held-out", 300)
@@ -305,11 +305,11 @@ def test_captions_tell_a_monster_in_several_ways():
     names = ("blue", "round", "red spots", "three eyes", "a smile", "a green crown", "yellow")
     monster = dict(zip(prepare.PARTS, names, strict=True))
     told = {prepare.caption_of(monster, dice) for _ in range(2000)}
-    with_crown = "three eyes, a smile, red spots and a green crown on a yellow ground"
+    with_crown = "three eyes, a smile, red spots and a green crown on a yellow background"
     assert f"a round blue monster with {with_crown}" in told
     assert f"a blue round monster with {with_crown}" in told
     told = {prepare.caption_of(prepare.leave_open(monster, 7, dice), dice) for _ in range(2000)}
-    assert {"a round monster", "a monster on a yellow ground", "a monster with a smile"} <= told
+    assert {"a round monster", "a monster on a yellow background", "a monster with a smile"} <= told
     assert "a blue monster with a green crown and three eyes" in told
 
 
@@ -350,7 +350,7 @@ def test_settings_become_flags_whatever_the_fields(monkeypatch, capsys):
         ("train --data nowhere", "nowhere/meta.json cannot be read"),
         ("train --batch-size 4000000", "--batch-size 4000000 is not from 1 to 65536"),
         ("sample a --run x/y", "x/y is no folder"),
-        ("prepare nowhere", "nowhere has no picture to use"),
+        ("prepare nowhere", "nowhere is no folder, or has no picture"),
         ("prepare --size 100", "--size 100 is no multiple of 16"),
     ],
 )
@@ -655,7 +655,7 @@ def test_a_picture_is_the_same_whatever_else_is_drawn_and_unknown_words_are_told
     how = flags({"run": trained, "steps": 3, "seed": 5})
     assert call("sample", "a red cat", "b", *how, "--n", 2, "--out", "many") is None
     assert "in no caption of the training: b, cat\n" in capsys.readouterr().out
-    assert call("sample", "b", *how, "--out", "one/") is None
+    assert call("sample", "b", *how, "--seed", 7, "--out", "one/") is None
     assert call("sample", *how, "--out", "all.png") is None
     many, one = (np.asarray(Image.open(path)) / 1.0 for path in ("many/0002.png", "one/0000.png"))
     assert one.shape == (32, 32, 3)
