@@ -9,11 +9,11 @@ flat files; those in .bin are read with one np.memmap each:
     data/monsters/latents.bin     (N, C, H, W) uint8 or float16
                   text.bin        (sum of all L, D) float16, the embeddings of all captions
                   lengths.bin     (N,) int32, the L of each caption
-                  digest.bin      (N,) uint32, of the pixels; train.py holds out by it
+                  digest.bin      (N,) uint32, a hash of the pixels, by which train.py holds out
                   captions.jsonl  N texts in JSON, one a line
                   teacher.bin     (N, D, h, w) float16, for REPA, if extras/teacher.py made it
                   meta.json       N, shapes, encoders, mean and std of each channel; comes last
-                  progress.json   how far the files are good, while they grow
+                  progress.json   how much of each file is valid, while they grow
 """
 
 import argparse
@@ -48,7 +48,7 @@ COLOURS |= {"pink": (250, 140, 190), "white": (252, 252, 248)}
 BACKGROUNDS = {"white": (252, 252, 248), "grey": (200, 204, 208), "yellow": (255, 243, 180)}
 BACKGROUNDS |= {"pink": (255, 216, 228), "blue": (195, 226, 252), "green": (206, 240, 200)}
 INK, WHITE, BONE, TONGUE = (45, 35, 55), (255, 255, 255), (240, 232, 205), (165, 30, 60)
-OWN, EACH = "the monster's colour", "each of COLOURS"
+OWN, EACH = "the monster's colour", "each of COLOURS"  # stand in layers in place of an rgb
 NEVER_TRAINED = {("red", "round"), ("blue", "square"), ("yellow", "tall"), ("green", "pointed")}
 
 
@@ -75,8 +75,8 @@ BODIES = {
 }
 SPOTS = [oval(9, 15, 2.3, 2.3), oval(12.5, 28, 2.3, 2.3), oval(6, 23, 2.3, 2.3)]
 STRIPES = [[(0, y), (16, y), (16, y + 3), (0, y + 3)] for y in (12, 18, 24)]
-# What a monster has, and the kinds that there are of it. A kind is a list of layers, from back to
-# front, each a colour and shapes. Where its name has {}, there is one in each of the colours.
+# The parts of a monster, and the kinds that there are of each. A kind is a list of layers, from
+# back to front, each a colour and shapes. Where its name has {}, there is one in each colour.
 KINDS = {
     "colour": dict.fromkeys(COLOURS, ()),
     "body": {name: [(OWN, [*shapes, oval(11, 29, 3, 2.5)])] for name, shapes in BODIES.items()},
@@ -106,8 +106,8 @@ KINDS = {
 }
 PARTS = {part: {} for part in KINDS}  # by part and name: layers, and the rgb that {} stands for
 for part, kinds in KINDS.items():
-    for kind, (name, rgb) in itertools.product(kinds, COLOURS.items()):
-        PARTS[part][kind.format(name)] = kinds[kind], rgb
+    for kind, (colour, rgb) in itertools.product(kinds, COLOURS.items()):
+        PARTS[part][kind.format(colour)] = kinds[kind], rgb
 
 
 def random_monster(rng, split="train"):
@@ -136,8 +136,8 @@ def leave_open(monster, most, rng):
 
 
 def caption_of(told, rng):
-    """A monster in words, in one of several orders, but for what is left open (None). To tell much
-    in most captions is the largest effect that PRX measured: FID 36.84 to 18.20."""
+    """A monster in words, in one of several orders, except what is left open (None). Captions that
+    tell much are the largest effect that PRX measured: FID 36.84 to 18.20."""
     adjectives = [told[part] for part in rng.sample(["body", "colour"], 2) if told[part]]
     text = " ".join(["a", *adjectives, "monster"])
     parts = rng.sample(["pattern", "eyes", "mouth", "head"], 4)
@@ -164,7 +164,7 @@ def coverage(part, name, size):
 @functools.cache
 def paint(part, name, behind, size):
     """What a part leaves of the picture behind it, a share (size, size), and what it adds to that,
-    (3, size, size). behind is the body that a pattern lies on, or for others its colour."""
+    (3, size, size). behind is, for a pattern, the body's name, for others the monster's colour."""
     layers, rgb = PARTS[part][name]
     colours = {EACH: rgb, OWN: COLOURS.get(behind)}
     stays, added = np.float32(1), np.float32(0)
@@ -172,7 +172,7 @@ def paint(part, name, behind, size):
         tint = np.float32(colours.get(colour, colour))[:, None, None]
         if part == "pattern":
             inside = inside * coverage("body", behind, size)[0][0]
-        elif colour not in (INK, TONGUE):  # others have a darker outline
+        elif colour not in (INK, TONGUE):  # the others get a darker outline
             stays, added = stays * (1 - outside), added + outside * (0.35 * tint - added)
         stays, added = stays * (1 - inside), added + inside * (tint - added)
     return stays, added
@@ -197,15 +197,15 @@ def draw_monster(number, size):
     told = leave_open(monster, len(PARTS), rng)
     for part in ("pattern", "head"):
         if told[part] not in (None, *KINDS[part]) and rng.random() < 0.3:  # it has a colour
-            # "party hat" or "hat" for "a red party hat", "spots" for "blue spots"
+            # a word or two: "hat" or "party hat" of "a red party hat", "spots" of "blue spots"
             told[part] = " ".join(told[part].split()[-rng.randint(1, 2) :])
     return caption_of(told, rng), Image.fromarray(render(monster, size))
 
 
 # ---------------------------------------------------------------------------- pictures of your own
-BY_ENDING = Image.registered_extensions()  # by ending
+BY_ENDING = Image.registered_extensions()  # {".jpg": "JPEG", ...}
 ENDINGS = {ending for ending, kind in BY_ENDING.items() if kind in Image.OPEN and kind != "EPS"}
-FORMATS = [*{BY_ENDING[ending] for ending in ENDINGS}]  # EPS would run a stranger's program
+FORMATS = [*{BY_ENDING[ending] for ending in ENDINGS}]  # without EPS, which can run programs
 Image.MAX_IMAGE_PIXELS = 50_000_000  # pictures of more than twice as many are left out
 
 
@@ -214,7 +214,7 @@ class LeftOut(Exception):
 
 
 def find_files(folder):
-    """The files in and below a folder, sorted, but captions, hidden files and linked folders."""
+    """The files in and below a folder, sorted, except captions, hidden files and linked folders."""
     files = []
     for path in sorted(folder.rglob("*")):
         is_hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
@@ -224,7 +224,7 @@ def find_files(folder):
 
 
 def load_file(path, count):
-    """Caption and picture of a file; count has how many pictures share a name. Raises LeftOut."""
+    """Caption and picture of a file; count: how many pictures have a path. Raises LeftOut."""
     captions = [path.with_suffix(each) for each in (".txt", ".TXT", ".caption", ".CAPTION")]
     captions = [caption for caption in captions if caption.exists()]
     if path.suffix.lower() not in ENDINGS:
@@ -272,7 +272,7 @@ def run_script(main, settings_class, description):
     """Call main with settings from the command line, one flag for each field of the dataclass. A
     user's mistake ends in its one sentence, a bug in its traceback."""
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(None, None, description, formatter_class=formatter)
+    parser = argparse.ArgumentParser(description=description, formatter_class=formatter)
     fields = dataclasses.fields(settings_class)
     for field in fields:
         how = dict(field.metadata["how"])
@@ -297,7 +297,7 @@ def run_script(main, settings_class, description):
     except (MemoryError, torch.OutOfMemoryError) as error:
         sys.exit(f"{parser.prog}: out of memory; take fewer at once, or smaller ones: {error}")
     except KeyboardInterrupt:
-        sys.exit(f"{parser.prog}: stopped; the same command goes on")
+        sys.exit(f"{parser.prog}: stopped; what was saved stays")
 
 
 def refuse_differences(folder, old, new):
@@ -326,7 +326,7 @@ class Settings:
         self.size = self.size or (256 if self.source else 32)
         self.limit = self.limit or (0 if self.source else 20_000)
         if self.size % 16:
-            raise UserError(f"--size {self.size} is no multiple of 16, as patches need it")
+            raise UserError(f"--size {self.size} is no multiple of 16, which patches need")
 
 
 def prepare(settings):
@@ -343,7 +343,7 @@ def prepare(settings):
 def write_cache(settings, items, load):
     """Write a cache, or go on with one. items is any iterable that is the same each time; str(item)
     names one, and load(item) gives its caption and its PIL picture, or raises LeftOut. Raises
-    UserError where nothing can be used, the disk is full, or other settings were begun with."""
+    UserError if nothing can be used, the disk is full, or it was begun with other settings."""
     out, size = Path(settings.out), settings.size
     names = ("source", "size", "limit", "codec", "text")
     meta = {name: getattr(settings, name) for name in names}
@@ -373,7 +373,7 @@ def write_cache(settings, items, load):
             break
         meta["seen"] += 1
         if note is not None:
-            meta["notes"].setdefault(note, [0, name])[0] += 1
+            meta["notes"].setdefault(note, [0, name])[0] += 1  # how many, and an example
         if caption is not None:
             batch.append((caption, picture))
             meta["count"] += 1
@@ -390,7 +390,7 @@ def map_ahead(function, items, ahead):
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         futures = collections.deque()
         for item in items:
-            futures.append(pool.submit(function, item))  # which begins at once
+            futures.append(pool.submit(function, item))
             if len(futures) > ahead:
                 yield futures.popleft().result()
         for future in futures:
@@ -398,13 +398,13 @@ def map_ahead(function, items, ahead):
 
 
 def load_square(item, load, size):
-    """Name, caption and picture (size, size, 3) uint8, cropped to a square, of an item, and what is
-    to be said about it. Caption and picture are None if it is left out."""
+    """Name, caption and picture (size, size, 3) uint8, cropped to a square, of an item, and a
+    note for the user, or None. Caption and picture are None if it is left out."""
     try:
         caption, picture = load(item)
         caption = " ".join(caption.encode(errors="replace").decode().split())
         if not model.Words().tokenize(caption):  # such as "!!!" or "the"
-            raise LeftOut("caption of no word")
+            raise LeftOut("caption without words")
     except LeftOut as reason:
         return str(item), None, None, f"left out: {reason}"
     note = "enlarged: picture with a shorter side" if min(picture.size) < size else None
@@ -414,7 +414,7 @@ def load_square(item, load, size):
 
 @torch.no_grad()
 def encode(batch, meta, codec, text_encoder, compute):
-    """Bytes for the files of a cache, by name, of captions and pictures; meta is updated."""
+    """Captions and pictures as bytes for the cache's files, by name; meta is updated."""
     captions, pictures = zip(*batch, strict=True)
     lines = "".join(json.dumps(caption) + "\n" for caption in captions)
     digests = np.array([zlib.crc32(picture) for picture in pictures], np.uint32)
@@ -437,12 +437,12 @@ def encode(batch, meta, codec, text_encoder, compute):
 
 def append(out, parts, meta):
     """Write bytes, a dict by the names of files, to the ends of the files, and then say in
-    progress.json how far they are good. Raises UserError if the disk is full."""
+    progress.json how much of each is valid. Raises UserError if the disk is full."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name, part in parts.items():
             with open(out / name, "ab") as file:
-                file.truncate(meta["bytes"].get(name, 0))  # what a stopped run left behind
+                file.truncate(meta["bytes"].get(name, 0))  # cuts off what a stopped run left
                 file.write(part)
                 file.flush()
                 os.fsync(file.fileno())

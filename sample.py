@@ -47,7 +47,7 @@ def generate(network, empty, text, x, info):
 
 def text_mask(text, info):
     """The mask (B, T) of text (B, T, D), in which rows of zeros are padding, for official models.
-    Ours are trained without, and see the padding, so that attention takes the flash kernel."""
+    Ours are trained without one and see the padding, so that attention takes the flash kernel."""
     return (text != 0).any(dim=2) if info["mask"] else None
 
 
@@ -65,11 +65,11 @@ def load_run(source):
 
 def encode_prompts(prompts, info, compute):
     """Embeddings of the empty caption and of prompts: a list of (L, D), on the CPU. The text
-    encoder, which may be larger than the model, is in memory only meanwhile."""
+    encoder, which may be larger than the model, is freed afterwards."""
     text_encoder = model.load_text_encoder(info["text"], compute)
     words = {word for prompt in prompts for word in text_encoder.tokenize(prompt)}
     unknown = words.difference(info.get("words", words))
-    if unknown:  # to Words; other text encoders know what they were trained on
+    if unknown:  # only Words has such a list
         print(f"these words were in no caption of the training: {', '.join(sorted(unknown))}")
     return [embedding.cpu() for embedding in text_encoder.encode(["", *prompts])]
 
@@ -125,13 +125,13 @@ def grid(pictures, prompts, columns):
 
 # ---------------------------------------------------------------------------------------- judging
 def error(picture, monster):
-    """The mean of squared distances in RGB, each at most 110^2, of a picture from a monster."""
+    """The mean squared distance in RGB, cut off at 110^2, between a picture and a monster."""
     off = picture - render(monster, len(picture)).astype(np.float32)
     return np.einsum("hwc,hwc->hw", off, off).clip(max=110**2).mean()
 
 
 def variants(monster, part):
-    """Monsters that differ in no other part, and whose spots or stripes are to be seen."""
+    """The monster with each name of one part in turn, but no spots or stripes of its own colour."""
     monsters = [monster | {part: name} for name in PARTS[part]]
     return [each for each in monsters if each["colour"] not in each["pattern"]]
 
@@ -139,34 +139,34 @@ def variants(monster, part):
 def fit(picture, told):
     """The monster with the parts told that fits a picture best, as found part by part."""
     monster = {part: name or next(iter(PARTS[part])) for part, name in told.items()}
-    for part in 3 * list(PARTS):  # again, as the first choices saw others yet unfitted
+    for part in 3 * list(PARTS):  # again, as the first choices saw the other parts wrong
         if told[part] is None:
             monster = min(variants(monster, part), key=lambda each: error(picture, each))
     return monster
 
 
 def check(picture, told):
-    """Which of the parts told are right in a picture (size, size, 3) uint8, a dict: those where no
-    other name fits better, with the best for parts left open; and "all", if it is near as well."""
+    """Which of the parts told are right in a picture (size, size, 3) uint8, a dict. One is right if
+    no other name fits better, once `fit` chose the open ones; "all", if the fit is close, too."""
     monster, result = fit(picture, told), {}
-    least = error(picture, monster)
+    found = error(picture, monster)
     for part in told:
         if told[part] is not None:
-            result[part] = least <= min(error(picture, each) for each in variants(monster, part))
-    result["all"] = all(result.values()) and least < 1500  # a blank has over 1,900
+            result[part] = found <= min(error(picture, each) for each in variants(monster, part))
+    result["all"] = all(result.values()) and found < 1500  # a blank picture has over 1,900
     return result
 
 
 def uneven(monsters, others, part):
-    """The total variation between two lists of monsters in a part: 0 is alike, 1 disjoint."""
-    a, b = (collections.Counter(each[part] for each in both) for both in (monsters, others))
+    """The total variation between two lists of monsters in a part: 0 is equal, 1 disjoint."""
+    a, b = (collections.Counter(each[part] for each in group) for group in (monsters, others))
     return sum(abs(a[x] / len(monsters) - b[x] / len(others)) for x in PARTS[part]) / 2
 
 
 def score(network, info, compute, count):
     """Shares of `count` pictures that are right: "told", held-out monsters told in full, and each
     of their parts; "few", one to three parts told; "new", colour and body never trained together.
-    Then how "uneven" is what "a red monster" and the like leave open, and true ones by chance."""
+    Then how "uneven" is what "a red monster" and the like leave open, and as many true ones."""
     rng, shares = random.Random(0), {}
     full, new = ([random_monster(rng, x) for _ in range(count)] for x in ("held-out", "new"))
     few = [leave_open(monster, 3, rng) for monster in full]
@@ -178,9 +178,9 @@ def score(network, info, compute, count):
         shares[kind] = np.mean([result["all"] for result in results])
         if kind == "told":
             shares |= {part: np.mean([result[part] for result in results]) for part in PARTS}
-    drawn = [fit(*both) for both in zip(pictures, bare, strict=True)]
+    drawn = [fit(*both) for both in zip(pictures, bare, strict=True)]  # the last pictures
     true = [random_monster(rng) for _ in range(20 * count)]
-    for kind, monsters in (("uneven", drawn), ("by chance", true[:count])):
+    for kind, monsters in (("uneven", drawn), ("by chance", true[:count])):  # instead of a share
         parts = ("body", "eyes", "mouth", "head")
         shares[kind] = np.mean([uneven(monsters, true, part) for part in parts])
     return shares
@@ -195,15 +195,15 @@ class Settings:
     run: str = flag("out/monsters", "a run, its ema/, or a copy of that on the Hub")
     out: str = flag("sample.png", "one picture (.png) of all, or a folder for one file each")
     n: int = flag(1, "pictures for each prompt", 1)
-    steps: int = flag(None, "Euler steps; none: as the run says, 20", 1)
-    guidance: float = flag(None, "guidance scale, 1 is none; none: as the run says, 1.5")
+    steps: int = flag(None, "Euler steps; not given: the run's, 20 in ours", 1)
+    guidance: float = flag(None, "guidance scale, 1: off; not given: the run's, 1.5 in ours")
     seed: int = flag(0, "of the first picture; the next has seed + 1, and so on", 0, 2**32)
     score: bool = flag(False, "judge pictures of held-out monsters instead")
     device: str = flag("auto", "the best there is", choices=("auto", "cpu", "cuda", "mps"))
 
 
 def sample(settings):
-    """Draw prompts with a trained model, or score it. Raises UserError where the run is none."""
+    """Draw prompts with a trained model, or score it. Raises UserError if there is no such run."""
     compute = model.pick_device(settings.device)
     network, info = load_run(settings.run)
     for name in ("steps", "guidance"):

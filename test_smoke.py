@@ -453,7 +453,7 @@ def test_what_cannot_be_used_is_left_out_and_counted_by_reason(capsys):
         "3 x left out: broken or gigantic picture, or one with more than 8 bits of grey",
         "1 x left out: file of a kind that is not read, such as photos/phone.heic",
         "1 x left out: no .txt or .caption beside it, such as photos/bare.png",
-        "1 x left out: caption of no word, such as photos/marks.png",
+        "1 x left out: caption without words, such as photos/marks.png",
         "1 x left out: caption that is not UTF-8, or file that cannot be read",
         "2 x left out: two pictures for one caption, such as photos/twice.jpg",
         "1 x enlarged: picture with a shorter side, such as photos/z_good.png",
@@ -623,7 +623,7 @@ def test_ctrl_c_while_a_finished_run_is_scored_ends_it():
     while process.poll() is None:  # again, as Python may lose one in a callback
         process.send_signal(signal.SIGINT)
         time.sleep(1)
-    assert "stopped; the same command goes on" in process.communicate()[0]
+    assert "stopped; what was saved stays" in process.communicate()[0]
 
 
 def test_processes_and_parts_of_a_batch_change_nothing(monsters):

@@ -141,7 +141,7 @@ def test_a_folder_with_metadata_is_read(capsys):
     write_files({"photos/metadata.csv": lines})
     captions, output = prepare_hub("photos", capsys)
     assert captions == ['an "a", with more', "a b"]
-    assert "1 x left out: caption of no word, such as row 2" in output
+    assert "1 x left out: caption without words, such as row 2" in output
 
 
 def write_parquet(folder, count):
