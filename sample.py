@@ -52,8 +52,7 @@ def text_mask(text, info):
 
 
 def load_run(source):
-    """The network of a run, and its info: what it takes to `draw` with it. source is the folder of
-    a run, its `ema/`, or a copy of that on the Hub. Raises UserError."""
+    """The network and info of a run: a folder, its ema/, or a copy on the Hub. Raises UserError."""
     folder = model.fetch(source, "*.json", model.WEIGHTS)
     if (folder / "ema").is_dir():
         folder = folder / "ema"
@@ -64,8 +63,7 @@ def load_run(source):
 
 
 def encode_prompts(prompts, info, compute):
-    """Embeddings of the empty caption and of prompts: a list of (L, D), on the CPU. The text
-    encoder, which may be larger than the model, is freed afterwards."""
+    """A list of embeddings (L, D), on the CPU: of the empty caption, then of the prompts."""
     text_encoder = model.load_text_encoder(info["text"], compute)
     words = {word for prompt in prompts for word in text_encoder.tokenize(prompt)}
     unknown = words.difference(info.get("words", words))
@@ -165,24 +163,27 @@ def uneven(monsters, others, part):
 
 def score(network, info, compute, count):
     """Shares of `count` pictures that are right: "told", held-out monsters told in full, and each
-    of their parts; "few", one to three parts told; "new", colour and body never trained together.
-    Then how "uneven" is what "a red monster" and the like leave open, and as many true ones."""
+    of their parts; "few", one to three told; "new", colour and body never trained together. Then
+    how "uneven" is what "a red monster" and the like leave open, and as many true ones."""
     rng, shares = random.Random(0), {}
     full, new = ([random_monster(rng, x) for _ in range(count)] for x in ("held-out", "new"))
     few = [leave_open(monster, 3, rng) for monster in full]
-    bare = [dict.fromkeys(PARTS) | {"colour": monster["colour"]} for monster in full]
-    for kind, told in {"told": full, "few": few, "new": new, "uneven": bare}.items():
-        embeddings = encode_prompts([caption_of(each, rng) for each in told], info, compute)
-        pictures = draw(network, info, compute, embeddings, range(count))
-        results = [check(*both) for both in zip(pictures, told, strict=True)]
+
+    def draw_all(monsters):
+        embeddings = encode_prompts([caption_of(each, rng) for each in monsters], info, compute)
+        return draw(network, info, compute, embeddings, range(count))
+
+    for kind, told in (("told", full), ("few", few), ("new", new)):
+        results = [check(*both) for both in zip(draw_all(told), told, strict=True)]
         shares[kind] = np.mean([result["all"] for result in results])
         if kind == "told":
             shares |= {part: np.mean([result[part] for result in results]) for part in PARTS}
-    drawn = [fit(*both) for both in zip(pictures, bare, strict=True)]  # the last pictures
+    told = [dict.fromkeys(PARTS) | {"colour": monster["colour"]} for monster in full]
+    drawn = [fit(*both) for both in zip(draw_all(told), told, strict=True)]
     true = [random_monster(rng) for _ in range(20 * count)]
-    for kind, monsters in (("uneven", drawn), ("by chance", true[:count])):  # instead of a share
-        parts = ("body", "eyes", "mouth", "head")
-        shares[kind] = np.mean([uneven(monsters, true, part) for part in parts])
+    parts = ("body", "eyes", "mouth", "head")
+    shares["uneven"] = np.mean([uneven(drawn, true, part) for part in parts])
+    shares["by chance"] = np.mean([uneven(true[:count], true, part) for part in parts])
     return shares
 
 

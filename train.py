@@ -431,9 +431,8 @@ def save_grid(run):
     """Draw the prompts of the run into samples/."""
     prompts = run.info["examples"]
     pictures = draw(run.ema, run.info, run.compute, run.embeddings, range(len(prompts)))
-    sheet = grid(pictures, prompts, 6)
     with whole_file(run.folder / "samples" / f"step_{run.step:06d}.png") as file:
-        sheet.save(file, "png")
+        grid(pictures, prompts, 6).save(file, "png")
 
 
 def save_film(run):
