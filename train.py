@@ -326,7 +326,7 @@ def train_step(run, batch):
 
 @torch.no_grad()
 def validate(run):
-    """The held-out loss of the averaged weights, 0 if none is held out; noise and t are fixed."""
+    """The held-out loss of the averaged weights, nan without any; noise and t are fixed."""
     losses, at_once = [], pictures_at_once(run.info["latent_shape"])
     for first in range(0, len(run.held_out), at_once):
         examples = run.cache.load(run.held_out[first : first + at_once])
@@ -338,7 +338,7 @@ def validate(run):
         with run.compute.autocast():
             mse, _ = compute_loss(run.ema, batch, run.info, run.settings.t_floor)
         losses += [mse.item()] * len(text)
-    return sum(losses) / max(1, len(losses))
+    return sum(losses) / len(losses) if losses else math.nan
 
 
 # ---------------------------------------------------------------------------------------- the run
