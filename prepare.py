@@ -246,11 +246,11 @@ def load_picture(data):
         profile = picture.info.get("icc_profile")
         if picture.mode.startswith("I") or picture.mode == "F":
             raise ValueError("grey values whose range is not known")
-        if picture.has_transparency_data:
+        if picture.has_transparency_data or picture.mode == "P":
             picture = picture.convert("RGBA")
             white = Image.new("RGBA", picture.size, "white")
             picture = Image.alpha_composite(white, picture).convert("RGB")
-        if profile and picture.mode != "P":  # such as Display P3, used by telephones
+        if profile:  # such as Display P3, used by telephones
             with contextlib.suppress(ImageCms.PyCMSError, OSError):  # a broken one is ignored
                 profiles = io.BytesIO(profile), ImageCms.createProfile("sRGB")
                 picture = ImageCms.profileToProfile(picture, *profiles, outputMode="RGB")

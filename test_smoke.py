@@ -407,7 +407,7 @@ def test_pictures_of_all_kinds_become_what_one_sees(capsys):
         "palette.png": encode_picture("P", transparency=0),
         "two.dots.webp": encode_picture(kind="WEBP"),
         "deeper/naïve name.BMP": encode_picture(kind="BMP"),
-        "profile.png": encode_picture(colour=(200, 80, 60), icc_profile=swapped_profile()),
+        "profile.png": encode_picture("P", colour=(200, 80, 60), icc_profile=swapped_profile()),
     }
     write_files({f"photos/{name}": data for name, data in (files | {"a.mp4": b""}).items()})
     for name in files:
