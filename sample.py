@@ -197,7 +197,7 @@ class Settings:
     out: str = flag("sample.png", "one picture (.png) of all, or a folder for one file each")
     n: int = flag(1, "pictures for each prompt", 1)
     steps: int = flag(None, "Euler steps; not given: the run's, 20 in ours", 1)
-    guidance: float = flag(None, "guidance scale, 1: off; not given: the run's, 1.5 in ours")
+    guidance: float = flag(None, "guidance scale, 1: off; not given: the run's, 2 in ours")
     seed: int = flag(0, "of the first picture; the next has seed + 1, and so on", 0, 2**32)
     score: bool = flag(False, "judge pictures of held-out monsters instead")
     device: str = flag("auto", "the best there is", choices=("auto", "cpu", "cuda", "mps"))

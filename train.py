@@ -39,7 +39,7 @@ class Settings:
     data: str = flag("data/monsters", "a cache that prepare.py wrote")
     out: str = flag("", "folder of the run; '': out/ and the cache's name")
     init: str = flag("", "a run to begin with; its sizes, predict and shift stay")
-    steps: int = flag(550, "optimizer steps; with more a finished run goes on", 1)
+    steps: int = flag(600, "optimizer steps; with more a finished run goes on", 1)
     batch_size: int = flag(128, "pictures in a step, over all processes (PRX: 256)", 1, 2**16)
     micro_batch: int = flag(0, "pictures a process takes at once, to save memory; 0: all")
     held_out: float = flag(0.02, "share for validation, of 1,024 pictures at most", 0, 0.5)
@@ -171,7 +171,7 @@ def make_model(settings, meta, first):
         bottleneck_size=(settings.bottleneck or None) if is_pixels else None,
     )
     how = {"predict": settings.predict, "shift": settings.shift, "mask": False}
-    return PRX(config, repa_dim), meta | how | {"steps": 20, "guidance": 1.5}
+    return PRX(config, repa_dim), meta | how | {"steps": 20, "guidance": 2.0}
 
 
 class Muon(torch.optim.Optimizer):
