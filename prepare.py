@@ -246,7 +246,7 @@ def load_picture(data):
         profile = picture.info.get("icc_profile")
         if picture.mode.startswith("I") or picture.mode == "F":
             raise ValueError("grey values whose range is not known")
-        if picture.has_transparency_data or picture.mode == "P":
+        if picture.has_transparency_data or picture.mode == "P":  # P has a palette
             picture = picture.convert("RGBA")
             white = Image.new("RGBA", picture.size, "white")
             picture = Image.alpha_composite(white, picture).convert("RGB")

@@ -326,7 +326,7 @@ def train_step(run, batch):
 
 @torch.no_grad()
 def validate(run):
-    """The held-out loss of the averaged weights, nan without any; noise and t are fixed."""
+    """The averaged weights' held-out loss, nan if none is held out; noise and t are fixed."""
     losses, at_once = [], pictures_at_once(run.info["latent_shape"])
     for first in range(0, len(run.held_out), at_once):
         examples = run.cache.load(run.held_out[first : first + at_once])
