@@ -40,7 +40,7 @@ class PRXConfig:
     axes_dim: tuple = (32, 32)  # rotary dimensions for rows and for columns; their sum is a head's
     theta: int = 10000
     time_factor: float = 1000.0  # multiplies timesteps before their cosines and sines are taken
-    time_max_period: int = 10000  # over 2 pi the longest period is about this
+    time_max_period: int = 10000  # the longest period is about 2 pi times this
     bottleneck_size: int | None = None  # width between two layers that read pixel patches
 
 

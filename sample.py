@@ -27,8 +27,8 @@ from prepare import PARTS, caption_of, flag, leave_open, random_monster, render
 def generate(network, empty, text, x, info):
     """Latents from noise x (B, C, H, W), by Euler steps along the velocity.
 
-    The velocity is v_empty + guidance (v_prompt - v_empty) (arXiv 2207.12598): of the empty caption
-    (1, T, D), which dropped captions taught, and of the prompts, text (B, T, D). 1 is no guidance.
+    The velocity is v_empty + guidance (v_prompt - v_empty) (arXiv 2207.12598); 1 is no guidance.
+    v_empty belongs to empty (1, T, D), as dropped captions taught it, v_prompt to text (B, T, D).
     info has `shift`, `predict` and `mask`, as the model was trained, `steps` and `guidance`.
     """
     # As in diffusers' scheduler the last time is shifted twice, so that official models draw alike.
