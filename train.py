@@ -42,7 +42,7 @@ class Settings:
     steps: int = flag(600, "optimizer steps; with more a finished run goes on", 1)
     batch_size: int = flag(128, "pictures in a step, over all processes (PRX: 256)", 1, 2**16)
     micro_batch: int = flag(0, "pictures a process takes at once, to save memory; 0: all")
-    held_out: float = flag(0.02, "share for validation, of 1,024 pictures at most", 0, 0.5)
+    held_out: float = flag(0.02, "share for validation, of 4 to 1,024 pictures, or none", 0, 0.5)
     seed: int = flag(0, "of all chance, such as weights, order and noise", 0, 2**32 - 1)
     save_every: int = flag(500, "steps from checkpoint to checkpoint", 1)
     sample_every: int = flag(100, "steps from sample grid to sample grid", 1)
@@ -483,7 +483,7 @@ def train(settings):
         print(f"{settings.out} is trained; draw with: python sample.py --run {settings.out} PROMPT")
         if run.info["source"] == "":
             accuracies = score(run.ema, run.info, compute, 64).items()
-            print("quick score:", *(f"{name} {share:.1%}" for name, share in accuracies))
+            print("quick score", *(f"{name} {share:.1%}" for name, share in accuracies), sep=", ")
     if world_size > 1:
         dist.barrier()  # while the first process draws and scores
         dist.destroy_process_group()
