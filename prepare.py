@@ -197,7 +197,7 @@ def draw_monster(number, size):
     told = leave_open(monster, len(PARTS), rng)
     for part in ("pattern", "head"):
         if told[part] not in (None, *KINDS[part]) and rng.random() < 0.3:  # it has a colour
-            # the last word or two: "hat" or "party hat" of "a red party hat", or "blue spots"
+            # the last word or two: "hat" or "party hat" of "a red party hat"
             told[part] = " ".join(told[part].split()[-rng.randint(1, 2) :])
     return caption_of(told, rng), Image.fromarray(render(monster, size))
 
@@ -419,7 +419,7 @@ def encode(batch, meta, codec, text_encoder, compute):
     lines = "".join(json.dumps(caption) + "\n" for caption in captions)
     digests = np.array([zlib.crc32(picture) for picture in pictures], np.uint32)
     images = torch.from_numpy(np.stack(pictures)).to(compute.device).permute(0, 3, 1, 2)
-    latents, sums = [], np.array(meta["sums"])  # (2, C), of each picture's means of x and x**2
+    latents, sums = [], np.array(meta["sums"])  # (2, C): sums of pictures' means of x and x**2
     with compute.autocast():
         text = [rows.half().cpu().numpy() for rows in text_encoder.encode(captions)]
         for part in images.split(64):
