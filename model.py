@@ -405,8 +405,8 @@ def load_codec(name, compute):
         return Pixels()
     source = name if Path(name).is_dir() or "/" in name else f"madebyollin/{name}"
     folder = fetch(source, WEIGHTS, "taef2.safetensors")
-    paths = [folder / name for name in (WEIGHTS, "taef2.safetensors")]
-    weights = safetensors.torch.load_file(paths[0] if paths[0].exists() else paths[1])
+    paths = [path for path in (folder / WEIGHTS, folder / "taef2.safetensors") if path.exists()]
+    weights = safetensors.torch.load_file(paths[0]) if paths else {}
     last_bias = weights.get("encoder.layers.14.bias")
     if last_bias is None:
         raise UserError(f"{source} holds no tiny autoencoder; taef2 and taesd are such")
@@ -422,7 +422,7 @@ MAX_TOKENS = 256  # where captions are cut, as PRX does
 class Words:
     """Text embeddings that need no download, for captions of a few hundred different words.
 
-    A word is a random vector seeded by its spelling (the hashing trick, arXiv 0902.2206), a token
+    A word is a random vector seeded by its spelling (akin to the hashing trick, 0902.2206), a token
     a word beside its left and right neighbours, which tell whose "red" a red is.
     """
 
@@ -494,8 +494,7 @@ def load_text_encoder(name, compute):
         network = T5GemmaEncoder.from_pretrained(name, subfolder="text_encoder", config=config)
         tokenizer = AutoTokenizer.from_pretrained(name, subfolder="tokenizer")
         clean = TextPreprocessor().clean_text
-    is_bf16 = compute.device.type == "cuda" and compute.dtype == torch.bfloat16
-    network.to(compute.device, torch.bfloat16 if is_bf16 else torch.float32)
+    network.to(compute.device, compute.dtype if compute.device.type == "cuda" else torch.float32)
     return Pretrained(tokenizer, network.eval().requires_grad_(False), clean)
 
 

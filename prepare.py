@@ -104,7 +104,7 @@ KINDS = {
     },
     "background": dict.fromkeys(BACKGROUNDS, ()),
 }
-PARTS = {part: {} for part in KINDS}  # by part and name: layers, and the rgb that {} stands for
+PARTS = {part: {} for part in KINDS}  # by part and name: layers, and the rgb in place of a {}
 for part, kinds in KINDS.items():
     for kind, (colour, rgb) in itertools.product(kinds, COLOURS.items()):
         PARTS[part][kind.format(colour)] = kinds[kind], rgb
@@ -322,22 +322,24 @@ class Settings:
     device: str = flag("auto", "the best there is", choices=("auto", "cpu", "cuda", "mps"))
 
     def __post_init__(self):
+        self.source = self.source.rstrip("/")  # which shells add to a folder
         self.out = self.out or f"data/{Path(self.source or 'monsters').resolve().name}"
         self.size = self.size or (256 if self.source else 32)
         self.limit = self.limit or (0 if self.source else 20_000)
-        if self.size % 16:
-            raise UserError(f"--size {self.size} is no multiple of 16, which patches need")
+        if self.size % 16 or (not self.source and self.size > 128):  # outlines take k^2 time
+            raise UserError("--size takes multiples of 16, for monsters up to 128")
 
 
 def prepare(settings):
     """Write the cache of built-in monsters, or of a folder. Raises UserError as `write_cache`."""
-    if not settings.source:
-        load = functools.partial(draw_monster, size=settings.size)
-        write_cache(settings, range(settings.limit), load)
-        return
-    files = find_files(Path(settings.source))
-    pictures = [path.with_suffix("") for path in files if path.suffix.lower() in ENDINGS]
-    write_cache(settings, files, functools.partial(load_file, count=collections.Counter(pictures)))
+    items, load = range(settings.limit), functools.partial(draw_monster, size=settings.size)
+    if settings.source:
+        if Path(settings.out).resolve().is_relative_to(Path(settings.source).resolve()):
+            raise UserError(f"the cache would lie in {settings.source} itself; give another --out")
+        items = find_files(Path(settings.source))
+        pictures = [path.with_suffix("") for path in items if path.suffix.lower() in ENDINGS]
+        load = functools.partial(load_file, count=collections.Counter(pictures))
+    write_cache(settings, items, load)
 
 
 def write_cache(settings, items, load):

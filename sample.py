@@ -178,8 +178,8 @@ def score(network, info, compute, count):
         shares[kind] = np.mean([result["all"] for result in results])
         if kind == "told":
             shares |= {part: np.mean([result[part] for result in results]) for part in PARTS}
-    told = [dict.fromkeys(PARTS) | {"colour": monster["colour"]} for monster in full]
-    drawn = [fit(*both) for both in zip(draw_all(told), told, strict=True)]
+    red = [dict.fromkeys(PARTS) | {"colour": monster["colour"]} for monster in full]
+    drawn = [fit(*both) for both in zip(draw_all(red), red, strict=True)]
     true = [random_monster(rng) for _ in range(20 * count)]
     parts = ("body", "eyes", "mouth", "head")
     shares["uneven"] = np.mean([uneven(drawn, true, part) for part in parts])
@@ -198,7 +198,7 @@ class Settings:
     n: int = flag(1, "pictures for each prompt", 1)
     steps: int = flag(None, "Euler steps; not given: the run's, 20 in ours", 1)
     guidance: float = flag(None, "guidance scale, 1: off; not given: the run's, 2 in ours")
-    seed: int = flag(0, "of the first picture; the next has seed + 1, and so on", 0, 2**32)
+    seed: int = flag(0, "of the first picture; the next has seed + 1, and so on", 0, 2**32 - 1)
     score: bool = flag(False, "judge pictures of held-out monsters instead")
     device: str = flag("auto", "the best there is", choices=("auto", "cpu", "cuda", "mps"))
 

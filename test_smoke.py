@@ -351,7 +351,9 @@ def test_settings_become_flags_whatever_the_fields(monkeypatch, capsys):
         ("train --batch-size 4000000", "--batch-size 4000000 is not from 1 to 65536"),
         ("sample a --run x/y", "x/y is no folder"),
         ("prepare nowhere", "nowhere is no folder, or has no picture"),
-        ("prepare --size 100", "--size 100 is no multiple of 16"),
+        ("prepare .", "the cache would lie in . itself"),
+        ("prepare --codec .", ". holds no tiny autoencoder"),
+        ("prepare --size 100", "--size takes multiples of 16, for monsters up to 128"),
     ],
 )
 def test_a_mistake_gets_one_sentence_and_leaves_nothing(command, sentence):
@@ -532,18 +534,6 @@ def test_a_broken_cache_is_refused_and_blamed(monsters):
         train.Cache("cache", with_teacher=True).load([0])
 
 
-def test_a_million_pictures_need_no_more_open_files_than_one(monsters):
-    os.mkdir("cache")
-    model.write_json("cache/meta.json", model.read_json(monsters / "meta.json") | {"count": 10**6})
-    np.ones(10**6, np.int32).tofile("cache/lengths.bin")
-    for name, size in (("latents.bin", 3 * 32 * 32), ("text.bin", 2 * 96), ("digest.bin", 4)):
-        Path("cache", name).touch()
-        os.truncate(f"cache/{name}", size * 10**6)  # without taking room on the disk
-    with limited(resource.RLIMIT_NOFILE, 64):
-        latents, text = train.Cache("cache").load(range(0, 10**6, 999))
-    assert len(latents) == len(text) == 1002
-
-
 # ---------------------------------------------------------------------------- training and drawing
 def test_a_run_leaves_log_samples_weights_and_a_film(trained):
     rows = read_log(trained)
@@ -698,3 +688,12 @@ def test_validation_is_only_of_the_weights(monsters):
     started = train.Run(settings, CPU)
     assert abs(train.validate(started) - 2) < 0.2  # the first output is 0: mean of (noise - x)^2
     assert train.validate(started) == train.validate(started)
+
+
+def test_each_seed_and_step_draws_noise_of_its_own(monsters):
+    started, values = train.Run(train.Settings(**TINY, data=str(monsters)), CPU), set()
+    for seed, step in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        started.settings.seed, started.step = seed, step
+        batch = train.make_batch(started.cache.load(range(16)), started)
+        values |= {batch["noise"][0, 0, 0, 0].item(), batch["t"][0].item()}
+    assert len(values) == 8

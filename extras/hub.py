@@ -33,6 +33,7 @@ CAPTIONS = ("prompt", "caption", "text", "txt")
 class Settings(prepare.Settings):
     """All settings of hub.py: those of prepare.py, and these."""
 
+    source: str = flag("", "a data set of the Hub, a tar, or a folder of such files", nargs=None)
     split: str = flag("train", "split of the data set")
     config: str = flag("", "configuration of the data set, if it has several")
     image_column: str = flag("", "column of the pictures; '': the first that holds one")
@@ -140,10 +141,10 @@ def open_dataset(settings):
             how["revision"] = huggingface_hub.dataset_info(name, revision=revision or None).sha
             rows = datasets.load_dataset(name, settings.config or None, **how)
             source = f"{name}@{how['revision']}"
+        return rows.decode(False), source
     except Exception as error:  # of these two libraries and those below them
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{settings.source} is no data set that can be read: {reason}") from error
-    return rows.decode(False), source
 
 
 def read_rows(rows, settings):
