@@ -33,7 +33,7 @@ class Settings:
     depth: int = flag(3, "blocks", 2)
     tokens: int = flag(16, "image tokens, a square number", 1)
     text_tokens: int = flag(17, "text tokens", 1)
-    batch_size: int = flag(128, "pictures in a step", 1)
+    batch_size: int = flag(64, "pictures in a step", 1)
     route: float = flag(0.0, "share of tokens that skip blocks, in our network", 0, 0.95)
     pairs: int = flag(15, "how often each is measured, in turn", 1)
     device: str = flag("auto", "the best there is", choices=("auto", "cpu", "cuda", "mps"))

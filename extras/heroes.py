@@ -3,7 +3,7 @@
     python extras/heroes.py                          # downloads the tiles once, 6.8 MB
     python extras/heroes.py heroes-tiles.tar         # or takes a folder, or a clone of crawl/tiles
     python prepare.py heroes --size 32
-    torchrun train.py --data data/heroes --steps 800
+    torchrun train.py --data data/heroes --steps 1200
     python sample.py --run out/heroes "an elf woman in a red coat with a blue cloak and a bow"
 
 The tiles are from Dungeon Crawl Stone Soup, by its artists, who gave them to the public domain
