@@ -326,7 +326,7 @@ class Settings:
         self.out = self.out or f"data/{Path(self.source or 'monsters').resolve().name}"
         self.size = self.size or (256 if self.source else 32)
         self.limit = self.limit or (0 if self.source else 20_000)
-        if self.size % 16 or (not self.source and self.size > 128):  # outlines take k^2 time
+        if self.size % 16 or (not self.source and self.size > 128):  # their outlines take long
             raise UserError("--size takes multiples of 16, for monsters up to 128")
 
 
