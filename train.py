@@ -93,7 +93,7 @@ class Cache:
             if with_teacher:
                 self.arrays += [self.map("teacher.bin", np.float16, n, *meta["teacher_shape"])]
         except (KeyError, OSError, ValueError) as error:
-            raise UserError(f"{folder} is no whole cache, prepare it anew: {error!r}") from error
+            raise UserError(f"{folder} is no whole cache, prepare it anew: {error}") from error
 
     def map(self, name, dtype, *shape):
         """An array, read from the disk where it is used; indexing an np.memmap itself is slow."""
