@@ -246,7 +246,7 @@ def shift_time(t, shift):
 
 def sample_timesteps(n, shift, generator):
     """n timesteps in [0.001, 1], shifted: sigmoids of a normal (SD3), but 3 in 10 uniform (PRX: 1
-    in 10). They are evenly spaced, from a random start, which calms the loss (VDM, 2107.00630)."""
+    in 10). Their quantiles are even, from a random start, which calms the loss (VDM 2107.00630)."""
     device = generator.device
     start = torch.rand(1, generator=generator, device=device)
     uniform = (torch.arange(n, device=device) / n + start) % 1
@@ -328,7 +328,7 @@ def read_json(path):
 
 
 def fetch(source, *patterns):
-    """The folder `source`, or the one with a Hub repository's files like that. Raises UserError."""
+    """The folder `source`, or a Hub repository's, with files like `patterns`. Raises UserError."""
     if Path(source).is_dir():
         return Path(source)
     try:
@@ -351,7 +351,7 @@ class Pixels:
 
 
 class TinyBlock(nn.Module):
-    """Three convolutions that the input also goes around; taef2's smallest blocks have a pool."""
+    """Three convolutions and a skip connection; taef2's blocks on the smallest maps have a pool."""
 
     def __init__(self, has_pool=False):
         super().__init__()
@@ -468,7 +468,7 @@ class Pretrained:
             part = [self.clean(caption) for caption in captions[first : first + 64]]
             batch = self.tokenizer(part, **how, return_tensors="pt").to(device)
             ids, mask = batch.input_ids, batch.attention_mask
-            with torch.autocast(device.type, enabled=False):  # T5 overflows in float16
+            with torch.autocast(device.type, enabled=False):  # in the type of its weights
                 rows = self.network(input_ids=ids, attention_mask=mask).last_hidden_state
             embeddings += [row[is_text] for row, is_text in zip(rows, mask.bool(), strict=True)]
         return embeddings

@@ -224,7 +224,7 @@ def find_files(folder):
 
 
 def load_file(path, count):
-    """Caption and picture of a file; count: how many pictures have a path. Raises LeftOut."""
+    """Caption and picture of a file; count: pictures by path without ending. Raises LeftOut."""
     captions = [path.with_suffix(each) for each in (".txt", ".TXT", ".caption", ".CAPTION")]
     captions = [caption for caption in captions if caption.exists()]
     if path.suffix.lower() not in ENDINGS:
@@ -366,7 +366,7 @@ def write_cache(settings, items, load):
     print(f"{out}: writing the cache, which has {meta['count']:,} pictures so far")
     remaining = itertools.islice(items, meta["seen"], None)
     load_one = functools.partial(load_square, load=load, size=size)
-    # Threads read and decode files side by side; monsters are drawn in Python, where they do not.
+    # Threads read and decode files side by side; monsters are drawn in Python, one at a time.
     loaded = map_ahead(load_one, remaining, 64) if settings.source else map(load_one, remaining)
     batch, batch_size = [], max(1, 2**22 // size**2)  # pictures of 4 million pixels together
     how = {"total": operator.length_hint(items) or None, "initial": meta["seen"], "disable": None}

@@ -56,7 +56,7 @@ class Settings:
     repa: float = flag(0.0, "weight of REPA, with extras/teacher.py (PRX: 0.5, FID 14.64)")
     route: float = flag(0.0, "share of tokens that skip blocks (TREAD; PRX: 0.5)", 0, 0.95)
     caption_dropout: float = flag(0.1, "share of captions left empty (PRX: 0.1)", 0, 1)
-    optimizer: str = flag("muon", "PRX's FID: 15.55, 18.20", choices=("muon", "adamw"))
+    optimizer: str = flag("muon", "PRX: FID 15.55, adamw 18.20", choices=("muon", "adamw"))
     muon_lr: float = flag(1e-2, "learning rate of Muon (PRX: 1e-4)")
     lr: float = flag(6e-3, "learning rate of AdamW (PRX: 1e-4)")
     warmup: int = flag(30, "steps of linear warm-up (PRX: 1,000)")
@@ -216,7 +216,7 @@ def newton_schulz(x):
 
 def make_optimizers(network, settings, compute):
     """AdamW, and Muon for the matrices that tokens go through in blocks (PRX: modulation, too, and
-    momentum 0.95), in a dict by the settings that are their learning rates."""
+    momentum 0.95), q, k and v as one, in a dict by the settings that are their learning rates."""
     rest, matrices = [], []
     for name, p in network.named_parameters():
         is_matrix = name.startswith("blocks.") and p.ndim == 2 and "modulation" not in name
@@ -325,7 +325,7 @@ def train_step(run, batch):
 
 @torch.no_grad()
 def validate(run):
-    """The averaged weights' held-out loss, nan if none is held out; noise and t are fixed."""
+    """The averaged weights' held-out loss, or nan. Noise and t are fixed, and t is not shifted."""
     losses, at_once = [], pictures_at_once(run.info["latent_shape"])
     for first in range(0, len(run.held_out), at_once):
         examples = run.cache.load(run.held_out[first : first + at_once])

@@ -3,8 +3,8 @@
     python extras/bench.py                                              # the default run's sizes
     python extras/bench.py --width 768 --depth 12 --tokens 256 --text-tokens 64 --compile
 
-MFU, model FLOPs utilisation (arXiv 2204.02311), is the rate of the operations that the network
-needs over the rate of one large product of matrices on this device, as measured.
+MFU, model FLOPs utilisation, is the rate of the operations that the network needs over that of one
+large product of matrices on this device, as measured; arXiv 2204.02311 takes the datasheet's.
 """
 
 import dataclasses
