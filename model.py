@@ -316,7 +316,7 @@ def whole_file(path):
 def write_json(path, value):
     """Write value as JSON, whole or not at all."""
     with whole_file(path) as file:
-        file.write(json.dumps(value, indent=2, ensure_ascii=False).encode())
+        file.write(json.dumps(value, indent=2).encode())
 
 
 def read_json(path):

@@ -322,7 +322,7 @@ class Settings:
     device: str = flag("auto", "the best there is", choices=("auto", "cpu", "cuda", "mps"))
 
     def __post_init__(self):
-        self.source = self.source.rstrip("/")  # which shells add to a folder
+        self.source = self.source.rstrip("/") or self.source[:1]  # shells add it to a folder
         self.out = self.out or f"data/{Path(self.source or 'monsters').resolve().name}"
         self.size = self.size or (256 if self.source else 32)
         self.limit = self.limit or (0 if self.source else 20_000)
@@ -347,8 +347,7 @@ def write_cache(settings, items, load):
     names one, and load(item) gives its caption and its PIL picture, or raises LeftOut. Raises
     UserError if nothing can be used, the disk is full, or it was begun with other settings."""
     out, size = Path(settings.out), settings.size
-    names = ("source", "size", "limit", "codec", "text")
-    meta = {name: getattr(settings, name) for name in names}
+    meta = {key: value for key, value in vars(settings).items() if key not in ("out", "device")}
     for path in (out / "meta.json", out / "progress.json"):
         if path.exists():
             refuse_differences(out, read_json(path), meta)

@@ -36,6 +36,7 @@ CPU = model.Compute(torch.device("cpu"), torch.float32)
 TINY = {"width": 32, "depth": 4, "batch_size": 16, "bottleneck": 16, "route": 0.5, "warmup": 1}
 torch.manual_seed(0)
 random.seed(0)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells may ignore it in background jobs
 
 
 @pytest.fixture(autouse=True)

@@ -93,7 +93,7 @@ class Cache:
             if with_teacher:
                 self.arrays += [self.map("teacher.bin", np.float16, n, *meta["teacher_shape"])]
         except (KeyError, OSError, ValueError) as error:
-            raise UserError(f"{folder} is no whole cache, prepare it anew: {error}") from error
+            raise UserError(f"{folder} is no whole cache; delete and remake it: {error}") from error
 
     def map(self, name, dtype, *shape):
         """An array, read from the disk where it is used; indexing an np.memmap itself is slow."""
@@ -119,7 +119,7 @@ class Cache:
         stacked = [np.stack([array[index] for index in indices]) for array in self.arrays]
         arrays = [stacked[0], text, *stacked[1:]]
         if not all(np.isfinite(array).all() for array in arrays):
-            raise UserError(f"{self.folder} holds values that are not finite; prepare it anew")
+            raise UserError(f"{self.folder} holds values that are not finite; delete and remake it")
         return [torch.from_numpy(array) for array in arrays]
 
 
@@ -491,7 +491,8 @@ def train(settings):
 def handle_signals(handler):
     """Let a function handle Ctrl-C, torchrun's signal, and that of a terminal that is closed."""
     for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
-        signal.signal(number, handler)  # Windows has no SIGHUP
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP, Windows has none
+            signal.signal(number, handler)
 
 
 def train_loop(run):

@@ -88,7 +88,7 @@ def read_tiles(source):
         files = {name.rpartition("player/")[2]: files[name] for name in names}
         paths = [f"{key}/{tile}.png" for key, layer in LAYERS.items() for tile in layer.values()]
         tiles = {path: Image.open(io.BytesIO(files[path])).convert("RGBA") for path in paths}
-    except (OSError, tarfile.TarError, KeyError) as error:
+    except (OSError, EOFError, tarfile.TarError, KeyError) as error:
         told = source or f"{URL} (without a network: take it from elsewhere, and name the file)"
         raise prepare.UserError(f"no tiles could be read from {told}: {error!r}") from error
     pixels = b"".join(tile.tobytes() for tile in tiles.values())

@@ -62,14 +62,15 @@ def read_info(source, folder):
 def main(settings):
     """Make the folder. Raises UserError before anything large is downloaded."""
     folder, out = model.fetch(settings.source, "*.json"), Path(settings.out)
-    if (out / "ckpt.pt").exists():
-        raise UserError(f"{out} holds a run of train.py; give another --out")
+    ours = out / model.WEIGHTS  # a link, if this script made it
+    if (out / "ckpt.pt").exists() or (ours.exists() and not ours.is_symlink()):
+        raise UserError(f"{out} holds weights already; give another --out")
     info = read_info(settings.source, folder)
     weights = f"transformer/{model.WEIGHTS}"
     path = (model.fetch(settings.source, weights) / weights).resolve(strict=True)
     model.write_json(out / "config.json", read_json(folder / "transformer" / "config.json"))
-    (out / model.WEIGHTS).unlink(missing_ok=True)
-    os.symlink(path, out / model.WEIGHTS)  # 4.7 GB, not copied
+    ours.unlink(missing_ok=True)
+    os.symlink(path, ours)  # 4.7 GB, not copied
     model.write_json(out / "nanoprx.json", info)
     print(f"{out} is ready: python sample.py --run {out} PROMPT")
 

@@ -51,7 +51,7 @@ def main(settings):
     """Write teacher.bin, and its name and shape into meta.json. Raises UserError."""
     folder = Path(settings.data)
     meta = model.read_json(folder / "meta.json")
-    if "teacher" in meta:
+    if "teacher" in meta and (folder / "teacher.bin").exists():
         raise UserError(f"{folder} has the features of {meta['teacher']} already")
     from transformers import AutoModel
 
